@@ -1,0 +1,217 @@
+//! The contract between a model and a device: some fused operators with one meaning everywhere.
+//!
+//! Shapes use one alphabet: `T` tokens in the step, `S` sequences, `H` query heads, `K` key/value heads, `D` head size,
+//! `E` hidden size, `F` MLP size, `V` vocabulary, `B` tokens in a cache block. The CPU's scalar code defines each
+//! operator; every other implementation is tested against it.
+
+use crate::{DType, KernelError, SampleRow, Sampled};
+
+/// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
+#[derive(Debug, Clone, Copy)]
+pub struct MatrixView<'a> {
+    /// `rows * cols * dtype.size_bytes()` bytes, row-major.
+    pub bytes: &'a [u8],
+    /// The stored type.
+    pub dtype: DType,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+/// One sequence's share of a step: `num_rows` consecutive rows of the batch, the last of them at position
+/// `context_len - 1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// First row of this sequence in the batch.
+    pub first_row: usize,
+    /// Rows of this sequence in the batch: 1 for a decode, more for a prefill chunk.
+    pub num_rows: usize,
+    /// Tokens in the cache when this step is done; row `i` has position `context_len - num_rows + i`.
+    pub context_len: usize,
+    /// Where this sequence's block table starts in [`PagedBatch::block_table`].
+    pub first_block: usize,
+    /// How many blocks it has there; at least `context_len` divided by the block size, rounded up.
+    pub num_blocks: usize,
+}
+
+/// Where the rows of a step stand: positions, cache slots and block tables. Rows of a sequence are consecutive and in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PagedBatch {
+    /// `[T]`: each row's position in its sequence.
+    pub positions: Vec<u32>,
+    /// `[T]`: the cache slot (`block * B + offset`) that takes each row's key and value.
+    pub slots: Vec<u32>,
+    /// `[S]`: the sequences, covering the rows without gap or overlap.
+    pub sequences: Vec<SequenceRows>,
+    /// The blocks of all sequences, one run after the other.
+    pub block_table: Vec<u32>,
+}
+
+/// Rotary position embedding <https://arxiv.org/abs/2104.09864> with all scaling already in the frequencies.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// `[R / 2]`: the angle per position of each rotated pair; `R <= D` values of a head are rotated, the rest pass.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cosine and sine (YaRN's attention factor; 1 otherwise).
+    pub scale: f32,
+    /// Which values make a pair.
+    pub pairs: RopePairs,
+}
+
+/// Which two of the `R` rotated values of a head make a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairs {
+    /// `i` and `i + R / 2` (Llama as published on the hub, Qwen, Mistral).
+    Halves,
+    /// `2 i` and `2 i + 1` (GLM, GPT-J).
+    Interleaved,
+}
+
+/// The paged cache of one model's keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvCacheSpec {
+    /// Layers with a cache.
+    pub num_layers: usize,
+    /// Blocks in the pool, shared by all layers: block `b` has a place in each layer.
+    pub num_blocks: usize,
+    /// Tokens in a block, `B`: 16, 32, 64 or 128.
+    pub block_size: usize,
+    /// Key/value heads, `K`.
+    pub num_kv_heads: usize,
+    /// Head size, `D`.
+    pub head_dim: usize,
+    /// Type of the stored elements.
+    pub dtype: DType,
+}
+
+impl KvCacheSpec {
+    /// Bytes that one block takes over all layers, keys and values.
+    #[must_use]
+    pub const fn block_bytes(&self) -> usize {
+        2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.size_bytes()
+    }
+}
+
+/// The facts that an attention layer needs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionParams {
+    /// Query heads, `H`, a multiple of `K`. Query head `h` reads key/value head `h / (H / K)`.
+    pub num_heads: usize,
+    /// Key/value heads, `K`.
+    pub num_kv_heads: usize,
+    /// Head size, `D`.
+    pub head_dim: usize,
+    /// Factor on `q · k`.
+    pub scale: f32,
+    /// With `Some(w)`, position `p` sees positions `p - w + 1 ..= p` only.
+    pub window: Option<usize>,
+}
+
+/// RMSNorm on each head of q and of k (Qwen3).
+#[derive(Debug)]
+pub struct QkNorm<'a, V> {
+    /// `[D]`
+    pub q: &'a V,
+    /// `[D]`
+    pub k: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// A device's operators. All work of an instance happens in the order of the calls.
+///
+/// Outputs are resized to the rows they get. Operators check shapes and return [`KernelError::Shape`]; they never panic on
+/// bad operands. On a backend that says so, a row's result does not depend on the other rows of the batch.
+pub trait Backend: Send + 'static {
+    /// Activations `[rows, cols]` in device memory.
+    type Tensor: Send;
+    /// A small vector of parameters (norm weights), kept in `f32`.
+    type Vector: Send + Sync;
+    /// A weight matrix `[N, K]` in the layout that the kernels eat, with its bias.
+    type Linear: Send + Sync;
+    /// Keys and values of all layers.
+    type KvCache: Send;
+
+    /// The backend's name in messages: `cpu`, `cuda`.
+    fn name(&self) -> &'static str;
+
+    /// An empty tensor of `cols` columns with room for `max_rows` rows.
+    fn tensor(&self, max_rows: usize, cols: usize) -> Result<Self::Tensor, KernelError>;
+
+    /// Uploads a vector.
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+
+    /// Packs `parts`, stacked along the output features (q, k and v; gate and up), into one matrix. All parts have the same
+    /// number of columns and the same type. `bias`: `[sum of rows]`.
+    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<Self::Linear, KernelError>;
+
+    /// Bytes of device memory that a packed `[rows, cols]` matrix of `dtype` takes.
+    fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType) -> usize;
+
+    /// An empty cache.
+    fn kv_cache(&self, spec: &KvCacheSpec) -> Result<Self::KvCache, KernelError>;
+
+    /// Announces the step whose operators follow: its rows and the rotary embeddings that its layers name by index.
+    fn begin_step(&mut self, batch: &PagedBatch, ropes: &[Rope]) -> Result<(), KernelError>;
+
+    /// `out[t, :] = table[ids[t], :]`. `table`: `[V, E]`; `out`: `[T, E]`.
+    fn embed(&mut self, out: &mut Self::Tensor, table: &Self::Linear, ids: &[u32]) -> Result<(), KernelError>;
+
+    /// `out[t, i] = x[t, i] · w[i] / sqrt(mean_j(x[t, j]²) + eps)`. <https://arxiv.org/abs/1910.07467>
+    fn rms_norm(
+        &mut self,
+        out: &mut Self::Tensor,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(), KernelError>;
+
+    /// `residual += x`, then [`rms_norm`](Self::rms_norm) of `residual` into `out`.
+    fn add_rms_norm(
+        &mut self,
+        out: &mut Self::Tensor,
+        residual: &mut Self::Tensor,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(), KernelError>;
+
+    /// `out = x · weightᵀ + bias`. `x`: `[T, K]`; `weight`: `[N, K]`; `out`: `[T, N]`.
+    fn linear(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Linear) -> Result<(), KernelError>;
+
+    /// Norms (optional) and rotates q and k in place, and puts k and v into the cache at each row's slot.
+    /// `qkv`: `[T, (H + 2 K) · D]`, q then k then v. `rope`: index into the ropes of [`begin_step`](Self::begin_step).
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        params: &AttentionParams,
+        rope: usize,
+        qk_norm: Option<QkNorm<'_, Self::Vector>>,
+    ) -> Result<(), KernelError>;
+
+    /// Causal attention of each row over its sequence's cached positions. `qkv` as [`rope_and_cache`](Self::rope_and_cache)
+    /// left it; `out`: `[T, H · D]`. Prefill chunks and decodes share one call.
+    fn attention(
+        &mut self,
+        out: &mut Self::Tensor,
+        qkv: &Self::Tensor,
+        cache: &Self::KvCache,
+        layer: usize,
+        params: &AttentionParams,
+    ) -> Result<(), KernelError>;
+
+    /// `out[t, i] = silu(x[t, i]) · x[t, F + i]`. `x`: `[T, 2 F]`, gate then up; `out`: `[T, F]`.
+    fn silu_mul(&mut self, out: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), KernelError>;
+
+    /// `out[i, :] = x[rows[i], :]`.
+    fn gather_rows(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, rows: &[u32]) -> Result<(), KernelError>;
+
+    /// Picks a token for `logits[row.logits_row]` of each row, in order. Rows of `logits` may be overwritten.
+    fn sample(&mut self, logits: &mut Self::Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError>;
+
+    /// Copies row `row` of a tensor to the host.
+    fn read_row(&self, x: &Self::Tensor, row: usize) -> Result<Vec<f32>, KernelError>;
+}

@@ -1,0 +1,45 @@
+//! What can go wrong in a kernel: shapes that do not fit, things a device cannot do, memory that is not there.
+
+/// An error of an operator. Every variant names what was wanted and what was found.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// Operands whose shapes do not fit each other.
+    #[error("{op}: {what} should be {wanted}, found {found}")]
+    Shape {
+        /// The operator.
+        op: &'static str,
+        /// Which operand or dimension.
+        what: &'static str,
+        /// What the other operands ask for.
+        wanted: usize,
+        /// What was given.
+        found: usize,
+    },
+    /// A combination that this backend does not implement.
+    #[error("{op}: {what} is not supported by the {backend} backend")]
+    Unsupported {
+        /// The operator.
+        op: &'static str,
+        /// What was asked for.
+        what: String,
+        /// The backend's name.
+        backend: &'static str,
+    },
+    /// The device or the host has not this much memory to give.
+    #[error("out of memory: {wanted_bytes} bytes for {what}")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        wanted_bytes: usize,
+    },
+    /// The system refused to start a thread or to set its affinity.
+    #[error("cannot set up the thread pool: {0}")]
+    Threads(String),
+}
+
+/// Fails with [`KernelError::Shape`] unless `wanted == found`.
+pub(crate) fn check(op: &'static str, what: &'static str, wanted: usize, found: usize) -> Result<(), KernelError> {
+    if wanted == found { Ok(()) } else { Err(KernelError::Shape { op, what, wanted, found }) }
+}

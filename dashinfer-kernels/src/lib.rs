@@ -1,0 +1,16 @@
+//! Operators of LLM inference on slices and device buffers.
+//!
+//! This crate knows arithmetic and devices; it knows no model, request or async runtime. [`Backend`] is the contract that
+//! models are written against.
+
+mod backend;
+mod dtype;
+mod error;
+mod sample;
+
+pub use backend::{
+    AttentionParams, Backend, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs, SequenceRows,
+};
+pub use dtype::{DType, element, to_f32};
+pub use error::KernelError;
+pub use sample::{SampleParams, SampleRow, Sampled};
