@@ -1,0 +1,460 @@
+//! A checkpoint's tokenizer: `tokenizer.json`, `tokenizer_config.json` and the chat template beside them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+use super::pieces::Pieces;
+use super::{ChatOptions, ChatTemplate, Detokenizer, Message, TemplateError};
+
+/// Why a tokenizer could not be loaded or used.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// A file is missing or cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// A file is not what its name says.
+    #[error("{path} is no {wanted}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What the file was read as.
+        wanted: &'static str,
+        /// Where and why reading failed.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// The tokenizer turns tokens to text in a way that is not known here.
+    #[error(
+        "{path} has the decoder `{found}`; supported are ByteLevel, and sequences of Replace, ByteFallback, Fuse and Strip"
+    )]
+    UnsupportedDecoder {
+        /// The file.
+        path: PathBuf,
+        /// The decoder's type, or those of its steps.
+        found: String,
+    },
+    /// The tokenizer's model or rules failed on a text.
+    #[error("cannot tokenize a text of {num_bytes} bytes")]
+    Encode {
+        /// The length of the text.
+        num_bytes: usize,
+        /// What the tokenizer said.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// What becomes of special tokens, such as those which begin a text or end a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// Encoding adds those that the tokenizer puts around a text; decoding shows them.
+    With,
+    /// Encoding adds none; decoding leaves them out.
+    Without,
+}
+
+/// Text to token ids and back, as the checkpoint has it.
+///
+/// Special tokens that are spelt out in a text are read as such, as in `transformers`. Nothing here uses a thread pool.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    pieces: Arc<Pieces>,
+    vocab_size: usize,
+    special_tokens: BTreeMap<String, String>,
+    /// A broken template is reported to those who chat; others can do without.
+    chat_template: Result<Option<ChatTemplate>, TemplateError>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` in `folder`, and, where they are, `tokenizer_config.json` (special tokens, chat template)
+    /// and `chat_template.jinja`, which comes before the template in the former.
+    ///
+    /// # Errors
+    /// [`TokenizerError`] if a file cannot be read or understood. A chat template that cannot be compiled is no such
+    /// error: [`chat_template`](Self::chat_template) reports it.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let folder = folder.as_ref();
+        let path = folder.join("tokenizer.json");
+        let mut inner = parse(&path, &read(&path)?)?;
+        // Some files carry the limits of a training run; a prompt is neither cut nor padded.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|source| parse_error(&path, TOKENIZER, source))?;
+        let pieces =
+            Pieces::new(&inner).map_err(|found| TokenizerError::UnsupportedDecoder { path: path.clone(), found })?;
+        let vocab_size = inner.get_vocab_size(true);
+
+        let config = Config::read(&folder.join("tokenizer_config.json"))?;
+        let template = match read_if_there(&folder.join("chat_template.jinja"))? {
+            Some(template) => Some(template),
+            None => config.template(),
+        };
+        let special_tokens = config.special_tokens();
+        let chat_template = template.map(|source| ChatTemplate::new(source, special_tokens.clone())).transpose();
+        Ok(Self { inner, pieces: Arc::new(pieces), vocab_size, special_tokens, chat_template })
+    }
+
+    /// The number of tokens, added ones too. The model's own count is often larger, rounded up.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The id of a token by its spelling in the vocabulary.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The spelling of a special token by its role: `bos_token`, `eos_token`, `pad_token` and what else
+    /// `tokenizer_config.json` names so.
+    pub fn special_token(&self, role: &str) -> Option<&str> {
+        self.special_tokens.get(role).map(String::as_str)
+    }
+
+    /// The chat template, if the checkpoint has one.
+    ///
+    /// # Errors
+    /// [`TemplateError::Syntax`] if it has one which cannot be compiled.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, TemplateError> {
+        self.chat_template.as_ref().map(Option::as_ref).map_err(Clone::clone)
+    }
+
+    /// The ids of `text`. Takes time in proportion to its length.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Encode`] if the tokenizer's rules fail on this text.
+    pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self
+            .inner
+            .encode_fast(text, special == SpecialTokens::With)
+            .map_err(|source| TokenizerError::Encode { num_bytes: text.len(), source: source.into() })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a chat, written by `template`. No special tokens are added to those that the template writes.
+    ///
+    /// # Errors
+    /// [`TemplateError`] or [`TokenizerError::Encode`], as the SDK's [`Error`](crate::Error).
+    pub fn encode_chat(
+        &self,
+        template: &ChatTemplate,
+        messages: &[Message],
+        options: &ChatOptions,
+    ) -> Result<Vec<u32>, crate::Error> {
+        let text = template.render(messages, options)?;
+        Ok(self.encode(&text, SpecialTokens::Without)?)
+    }
+
+    /// The text of `ids`. Ids outside the vocabulary have none.
+    pub fn decode(&self, ids: &[u32], special: SpecialTokens) -> String {
+        let mut detokenizer = self.detokenizer(special);
+        let mut text = String::new();
+        ids.iter().for_each(|&id| detokenizer.push(id, &mut text));
+        detokenizer.finish(&mut text);
+        text
+    }
+
+    /// Decodes a text as its tokens come.
+    pub fn detokenizer(&self, special: SpecialTokens) -> Detokenizer {
+        Detokenizer::new(Arc::clone(&self.pieces), special)
+    }
+}
+
+const TOKENIZER: &str = "tokenizer in the format of Hugging Face `tokenizers`";
+
+fn read(path: &Path) -> Result<String, TokenizerError> {
+    std::fs::read_to_string(path)
+        .map_err(|source| TokenizerError::Read { path: path.to_owned(), source: Arc::new(source) })
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>, TokenizerError> {
+    match read(path) {
+        Err(TokenizerError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+fn parse_error(path: &Path, wanted: &'static str, source: impl Into<BoxError>) -> TokenizerError {
+    TokenizerError::Parse { path: path.to_owned(), wanted, source: source.into().into() }
+}
+
+fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    /// The sections whose readers in `tokenizers` panic on what is not even JSON.
+    #[derive(Deserialize)]
+    struct Sections {
+        #[serde(default, rename = "decoder")]
+        _decoder: Value,
+        #[serde(default, rename = "normalizer")]
+        _normalizer: Value,
+        #[serde(default, rename = "model")]
+        _model: IgnoredAny,
+    }
+    serde_json::from_str::<Sections>(json).map_err(|source| parse_error(path, TOKENIZER, source))?;
+    // They panic on some contents too, such as a damaged `Precompiled` normalizer.
+    catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(json)))
+        .unwrap_or_else(|_| Err("its reader panicked".into()))
+        .map_err(|source| parse_error(path, TOKENIZER, source))
+}
+
+/// What is used of `tokenizer_config.json`.
+#[derive(Debug, Default, Deserialize)]
+struct Config {
+    #[serde(default)]
+    chat_template: Option<Templates>,
+    #[serde(flatten)]
+    rest: BTreeMap<String, Value>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl Config {
+    fn read(path: &Path) -> Result<Self, TokenizerError> {
+        match read_if_there(path)? {
+            Some(json) => {
+                serde_json::from_str(&json).map_err(|source| parse_error(path, "tokenizer configuration", source))
+            }
+            None => Ok(Self::default()),
+        }
+    }
+
+    /// The template of that name, or the one named `default`: the others are for tools and retrieval.
+    fn template(self: &Config) -> Option<String> {
+        match self.chat_template.as_ref()? {
+            Templates::One(template) => Some(template.clone()),
+            Templates::Named(templates) => {
+                templates.iter().find(|named| named.name == "default").map(|named| named.template.clone())
+            }
+        }
+    }
+
+    /// `bos_token` and its like, spelt as a string or as an object with `content`.
+    fn special_tokens(&self) -> BTreeMap<String, String> {
+        let spelling = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
+        self.rest
+            .iter()
+            .filter(|(name, _)| name.ends_with("_token"))
+            .filter_map(|(name, value)| Some((name.clone(), spelling(value)?)))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    const GOLDENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../dashinfer-models/tests/goldens");
+    const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/models/ferris-7m");
+
+    pub(in crate::text) fn golden(case: &str) -> Tokenizer {
+        Tokenizer::from_folder(Path::new(GOLDENS).join(case)).unwrap()
+    }
+
+    pub(in crate::text) fn bundled() -> Tokenizer {
+        Tokenizer::from_folder(BUNDLED).unwrap()
+    }
+
+    impl Tokenizer {
+        pub(in crate::text) fn pieces(&self) -> &Pieces {
+            &self.pieces
+        }
+
+        pub(in crate::text) fn reference_decode(&self, ids: &[u32], special: SpecialTokens) -> String {
+            self.inner.decode(ids, special == SpecialTokens::Without).unwrap()
+        }
+    }
+
+    #[derive(Deserialize)]
+    struct Expected {
+        vocab_size: usize,
+        strings: Vec<ExpectedString>,
+        chats: Vec<ExpectedChat>,
+    }
+
+    #[derive(Deserialize)]
+    struct ExpectedString {
+        text: String,
+        ids: Vec<u32>,
+        ids_with_special: Vec<u32>,
+        decoded: String,
+        decoded_skip_special: String,
+    }
+
+    #[derive(Deserialize)]
+    struct ExpectedChat {
+        messages: Vec<Message>,
+        rendered: String,
+        rendered_no_generation_prompt: String,
+        ids: Vec<u32>,
+    }
+
+    #[test]
+    fn every_golden_is_reproduced() {
+        let mut num_cases = 0;
+        for entry in std::fs::read_dir(GOLDENS).unwrap() {
+            let folder = entry.unwrap().path();
+            let Ok(json) = std::fs::read_to_string(folder.join("tokenizer_expected.json")) else { continue };
+            let expected: Expected = serde_json::from_str(&json).unwrap();
+            let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+            num_cases += 1;
+            assert_eq!(tokenizer.vocab_size(), expected.vocab_size, "{folder:?}");
+            for want in &expected.strings {
+                let what = format!("{folder:?}: {:?}", want.text);
+                assert_eq!(tokenizer.encode(&want.text, SpecialTokens::Without).unwrap(), want.ids, "{what}");
+                assert_eq!(tokenizer.encode(&want.text, SpecialTokens::With).unwrap(), want.ids_with_special, "{what}");
+                assert_eq!(tokenizer.decode(&want.ids, SpecialTokens::With), want.decoded, "{what}");
+                assert_eq!(tokenizer.decode(&want.ids, SpecialTokens::Without), want.decoded_skip_special, "{what}");
+            }
+            let template = tokenizer.chat_template().unwrap().unwrap();
+            for want in &expected.chats {
+                let what = format!("{folder:?}: {:?}", want.messages);
+                let options = ChatOptions::default();
+                assert_eq!(template.render(&want.messages, &options).unwrap(), want.rendered, "{what}");
+                assert_eq!(tokenizer.encode_chat(template, &want.messages, &options).unwrap(), want.ids, "{what}");
+                let closed = ChatOptions::default().add_generation_prompt(false);
+                let rendered = template.render(&want.messages, &closed).unwrap();
+                assert_eq!(rendered, want.rendered_no_generation_prompt, "{what}");
+            }
+        }
+        assert!(num_cases >= 10, "only {num_cases} goldens were found");
+    }
+
+    #[test]
+    fn the_bundled_model_is_reproduced() {
+        #[derive(Deserialize)]
+        struct Expected {
+            prompts: Vec<Prompt>,
+        }
+        #[derive(Deserialize)]
+        struct Prompt {
+            text: String,
+            num_tokens: usize,
+        }
+        let tokenizer = bundled();
+        let json = std::fs::read_to_string(Path::new(BUNDLED).join("expected.json")).unwrap();
+        let expected: Expected = serde_json::from_str(&json).unwrap();
+        for prompt in &expected.prompts {
+            let ids = tokenizer.encode(&prompt.text, SpecialTokens::With).unwrap();
+            assert_eq!(ids.len(), prompt.num_tokens);
+            assert_eq!(tokenizer.decode(&ids, SpecialTokens::With), prompt.text);
+        }
+        let template = tokenizer.chat_template().unwrap().unwrap();
+        let chat = [Message::user("Explain error E0382.")];
+        assert_eq!(template.render(&chat, &ChatOptions::default()).unwrap(), expected.prompts[1].text);
+        assert_eq!(tokenizer.special_token("eos_token"), Some("<|im_end|>"));
+        assert_eq!(tokenizer.special_token("bos_token"), None);
+        assert_eq!(tokenizer.token_id("<|im_end|>"), Some(2));
+    }
+
+    /// A folder with a golden's files, changed by `change`.
+    fn changed(name: &str, change: impl FnOnce(&Path)) -> Result<Tokenizer, TokenizerError> {
+        let folder = std::env::temp_dir().join(format!("dashinfer-tokenizer-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(Path::new(GOLDENS).join("qwen3").join(file), folder.join(file)).unwrap();
+        }
+        change(&folder);
+        let result = Tokenizer::from_folder(&folder);
+        std::fs::remove_dir_all(&folder).unwrap();
+        result
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Tokenizer::from_folder("/nowhere").unwrap_err();
+        assert_eq!(error.to_string(), "cannot read /nowhere/tokenizer.json");
+        assert!(std::error::Error::source(&error).is_some());
+    }
+
+    #[test]
+    fn damaged_files_are_errors() {
+        let error = changed("config", |folder| std::fs::write(folder.join("tokenizer_config.json"), "[]").unwrap());
+        assert!(error.unwrap_err().to_string().ends_with("tokenizer_config.json is no tokenizer configuration"));
+
+        let json = std::fs::read_to_string(Path::new(GOLDENS).join("qwen3/tokenizer.json")).unwrap();
+        let cuts = (0..json.len()).step_by(97).chain(json.find("\"decoder\"").map(|at| at + 20));
+        for cut in cuts.filter(|&cut| json.is_char_boundary(cut)) {
+            let error = parse(Path::new("tokenizer.json"), &json[..cut]).unwrap_err();
+            assert_eq!(error.to_string(), format!("tokenizer.json is no {TOKENIZER}"));
+        }
+        let precompiled = r#"{"type":"Precompiled","precompiled_charsmap":"AAAA"}"#;
+        let damaged = json.replacen(r#"{"type":"NFC"}"#, precompiled, 1).replacen(
+            "{\n    \"type\": \"NFC\"\n  }",
+            precompiled,
+            1,
+        );
+        assert_ne!(damaged, json);
+        assert!(parse(Path::new("tokenizer.json"), &damaged).is_err());
+    }
+
+    #[test]
+    fn an_unsupported_decoder_is_named() {
+        let error = changed("decoder", |folder| {
+            let path = folder.join("tokenizer.json");
+            let mut json: Value = serde_json::from_str(&read(&path).unwrap()).unwrap();
+            json["decoder"] = serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
+            std::fs::write(path, json.to_string()).unwrap();
+        })
+        .unwrap_err();
+        assert!(error.to_string().contains("has the decoder `WordPiece`; supported are ByteLevel"), "{error}");
+    }
+
+    #[test]
+    fn a_template_file_comes_before_the_configuration_and_limits_are_ignored() {
+        let tokenizer = changed("template", |folder| {
+            std::fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}!\n").unwrap();
+            let path = folder.join("tokenizer.json");
+            let mut json: Value = serde_json::from_str(&read(&path).unwrap()).unwrap();
+            json["truncation"] = serde_json::json!(
+                {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+            std::fs::write(path, json.to_string()).unwrap();
+        })
+        .unwrap();
+        let template = tokenizer.chat_template().unwrap().unwrap();
+        assert_eq!(template.render(&[Message::user("hi")], &ChatOptions::default()).unwrap(), "hi!");
+        assert!(tokenizer.encode("Hello, world!", SpecialTokens::With).unwrap().len() > 2);
+    }
+
+    #[test]
+    fn a_broken_template_does_not_keep_others_from_loading() {
+        let template = |template: Value| {
+            changed("broken", move |folder| {
+                let config = serde_json::json!({"chat_template": template});
+                std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+            })
+            .unwrap()
+        };
+        let broken = template("{% for %}".into());
+        assert!(matches!(broken.chat_template(), Err(TemplateError::Syntax { .. })));
+        let named = template(serde_json::json!([
+            {"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]));
+        let rendered = named.chat_template().unwrap().unwrap().render(&[], &ChatOptions::default()).unwrap();
+        assert_eq!(rendered, "plain");
+        assert!(template(Value::Null).chat_template().unwrap().is_none());
+    }
+}
