@@ -4,6 +4,7 @@
 //! models are written against.
 
 mod backend;
+pub mod cpu;
 mod dtype;
 mod error;
 mod sample;

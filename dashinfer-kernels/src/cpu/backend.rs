@@ -1,0 +1,451 @@
+//! [`Backend`] on the CPU.
+
+use super::aligned::AlignedBuf;
+use super::attention::{self, AttentionUnit, CpuKvCache, Work};
+use super::isa::Isa;
+use super::linear::{self, PackedMatrix, Product, SendPtr};
+use super::pool::{PoolConfig, ThreadPool};
+use super::rms_norm::{self, RmsNormRow};
+use super::rope::RopeTable;
+use super::silu_mul::{self, SiluMulRow};
+use crate::error::check;
+use crate::sample::{SampleScratch, sample_row};
+use crate::{
+    AttentionParams, Backend, DType, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow, Sampled,
+};
+
+/// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
+const PARALLEL_FROM: usize = 1 << 14;
+
+/// How the CPU backend runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// The threads.
+    pub pool: PoolConfig,
+    /// Use kernels of this instruction set at most; for comparing variants. Default: the best that the machine has.
+    pub isa: Option<Isa>,
+}
+
+/// Activations `[rows, cols]` in f32, with room for a fixed number of rows.
+#[derive(Debug)]
+pub struct CpuTensor {
+    data: AlignedBuf<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl CpuTensor {
+    /// The rows in use, `[rows, cols]`.
+    #[must_use]
+    pub fn values(&self) -> &[f32] {
+        &self.data[..self.rows * self.cols]
+    }
+
+    /// The rows in use, to be written.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        let len = self.rows * self.cols;
+        &mut self.data[..len]
+    }
+
+    /// Rows in use.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Sets the rows in use; their values are what they were.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if the tensor has no room for as many, or not these columns.
+    pub fn resize(&mut self, op: &'static str, rows: usize, cols: usize) -> Result<(), KernelError> {
+        check(op, "columns of the output", cols, self.cols)?;
+        if rows * cols > self.data.len() {
+            let found = self.data.len() / cols.max(1);
+            return Err(KernelError::Shape { op, what: "room for rows in the output", wanted: rows, found });
+        }
+        self.rows = rows;
+        Ok(())
+    }
+}
+
+/// The operators on the CPU: activations in f32, weights as stored, a pool of threads of its own.
+///
+/// A row's result never depends on the other rows of its batch.
+#[derive(Debug)]
+pub struct CpuBackend {
+    pool: ThreadPool,
+    product: Product,
+    norm: RmsNormRow,
+    silu: SiluMulRow,
+    attend: AttentionUnit,
+    batch: PagedBatch,
+    /// To see that no two rows of a step share a slot: threads write slots without locks.
+    sorted_slots: Vec<u32>,
+    ropes: Vec<RopeTable>,
+    attention_scratch: attention::Scratch,
+    sample_scratch: Vec<SampleScratch>,
+}
+
+impl CpuBackend {
+    /// Starts the threads and chooses the kernels.
+    ///
+    /// # Errors
+    /// [`KernelError::Threads`]; [`KernelError::Unsupported`] if the machine lacks the instruction set asked for.
+    pub fn new(config: &CpuConfig) -> Result<Self, KernelError> {
+        let isa = config.isa.unwrap_or_else(Isa::best);
+        if !isa.is_available() {
+            let what = format!("the instruction set {isa:?} on this machine");
+            return Err(KernelError::Unsupported { op: "CpuBackend::new", what, backend: "cpu" });
+        }
+        Ok(Self {
+            pool: ThreadPool::new(&config.pool)?,
+            product: linear::best(isa),
+            norm: rms_norm::best(isa),
+            silu: silu_mul::best(isa),
+            attend: attention::best(isa),
+            batch: PagedBatch::default(),
+            sorted_slots: Vec::new(),
+            ropes: Vec::new(),
+            attention_scratch: attention::Scratch::default(),
+            sample_scratch: Vec::new(),
+        })
+    }
+
+    /// The threads, for other work on the same cores.
+    #[must_use]
+    pub fn pool(&self) -> &ThreadPool {
+        &self.pool
+    }
+
+    /// Calls `row(i)` for each of `rows` rows of `cols` values, in parallel if that pays.
+    fn for_rows(pool: &ThreadPool, rows: usize, cols: usize, row: &(dyn Fn(usize) + Sync)) {
+        if rows * cols < PARALLEL_FROM {
+            (0..rows).for_each(row);
+            return;
+        }
+        let per_task = rows.div_ceil(pool.num_threads() * 4).max(1);
+        pool.run(rows.div_ceil(per_task), &|task, _| {
+            (task * per_task..rows.min((task + 1) * per_task)).for_each(row);
+        });
+    }
+
+    /// Checks that the step that was begun fits the cache and the shapes of an attention layer.
+    fn check_attention(
+        &self,
+        op: &'static str,
+        qkv: &CpuTensor,
+        spec: &KvCacheSpec,
+        layer: usize,
+        params: &AttentionParams,
+    ) -> Result<(), KernelError> {
+        check(op, "rows", self.batch.positions.len(), qkv.rows)?;
+        check(op, "columns of qkv", (params.num_heads + 2 * params.num_kv_heads) * params.head_dim, qkv.cols)?;
+        check(op, "key/value heads of the cache", params.num_kv_heads, spec.num_kv_heads)?;
+        check(op, "head size of the cache", params.head_dim, spec.head_dim)?;
+        let groups = params.num_heads / params.num_kv_heads.max(1);
+        check(op, "query heads", groups.max(1) * params.num_kv_heads, params.num_heads)?;
+        if layer >= spec.num_layers {
+            return Err(KernelError::Shape {
+                op,
+                what: "layers of the cache",
+                wanted: layer + 1,
+                found: spec.num_layers,
+            });
+        }
+        let slots = spec.num_blocks * spec.block_size;
+        if let Some(&slot) = self.batch.slots.iter().find(|&&slot| slot as usize >= slots) {
+            return Err(KernelError::Shape { op, what: "slots of the cache", wanted: slot as usize + 1, found: slots });
+        }
+        if let Some(&block) = self.batch.block_table.iter().find(|&&block| block as usize >= spec.num_blocks) {
+            let wanted = block as usize + 1;
+            return Err(KernelError::Shape { op, what: "blocks of the cache", wanted, found: spec.num_blocks });
+        }
+        for sequence in &self.batch.sequences {
+            let wanted = sequence.context_len.div_ceil(spec.block_size);
+            if sequence.num_blocks < wanted {
+                let found = sequence.num_blocks;
+                return Err(KernelError::Shape { op, what: "blocks of a sequence", wanted, found });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = CpuTensor;
+    type Vector = Vec<f32>;
+    type Linear = PackedMatrix;
+    type KvCache = CpuKvCache;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn tensor(&self, max_rows: usize, cols: usize) -> Result<CpuTensor, KernelError> {
+        let data = AlignedBuf::zeroed("activations", max_rows.saturating_mul(cols))?;
+        Ok(CpuTensor { data, rows: 0, cols })
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
+        Ok(values.to_vec())
+    }
+
+    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<PackedMatrix, KernelError> {
+        PackedMatrix::pack(parts, bias, &self.pool)
+    }
+
+    fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType) -> usize {
+        linear::packed_bytes(rows, cols, dtype)
+    }
+
+    fn kv_cache(&self, spec: &KvCacheSpec) -> Result<CpuKvCache, KernelError> {
+        CpuKvCache::new(spec)
+    }
+
+    fn begin_step(&mut self, batch: &PagedBatch, ropes: &[Rope]) -> Result<(), KernelError> {
+        const OP: &str = "begin_step";
+        check(OP, "slots", batch.positions.len(), batch.slots.len())?;
+        let mut row = 0;
+        for sequence in &batch.sequences {
+            check(OP, "first row of a sequence", row, sequence.first_row)?;
+            row += sequence.num_rows;
+            if sequence.context_len < sequence.num_rows {
+                let (wanted, found) = (sequence.num_rows, sequence.context_len);
+                return Err(KernelError::Shape { op: OP, what: "context of a sequence", wanted, found });
+            }
+            let end = sequence.first_block.saturating_add(sequence.num_blocks);
+            if end > batch.block_table.len() {
+                let found = batch.block_table.len();
+                return Err(KernelError::Shape { op: OP, what: "length of the block table", wanted: end, found });
+            }
+        }
+        check(OP, "rows of the sequences", batch.positions.len(), row)?;
+        self.sorted_slots.clone_from(&batch.slots);
+        self.sorted_slots.sort_unstable();
+        self.sorted_slots.dedup();
+        check(OP, "different slots", batch.slots.len(), self.sorted_slots.len())?;
+        self.batch.clone_from(batch);
+        self.ropes.resize_with(ropes.len(), RopeTable::default);
+        for (table, rope) in self.ropes.iter_mut().zip(ropes) {
+            table.fill(rope, &batch.positions);
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, out: &mut CpuTensor, table: &PackedMatrix, ids: &[u32]) -> Result<(), KernelError> {
+        out.resize("embed", ids.len(), table.cols())?;
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
+            let (wanted, found) = (id as usize + 1, table.rows());
+            return Err(KernelError::Shape { op: "embed", what: "rows of the table", wanted, found });
+        }
+        for (out, &id) in out.values_mut().chunks_exact_mut(table.cols().max(1)).zip(ids) {
+            table.read_row(id as usize, out);
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &Vec<f32>, eps: f32) -> Result<(), KernelError> {
+        out.resize("rms_norm", x.rows, x.cols)?;
+        check("rms_norm", "length of the weight", x.cols, weight.len())?;
+        let (cols, to, norm) = (x.cols, SendPtr(out.data.as_mut_ptr()), self.norm);
+        Self::for_rows(&self.pool, x.rows, cols, &|row| {
+            // SAFETY: `out` has as many rows and columns as `x`, and each row is written by one task.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols), cols) };
+            // SAFETY: lengths were checked above; the variant was chosen for this machine.
+            unsafe { norm(out, &x.data[row * cols..][..cols], weight, eps) };
+        });
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        out: &mut CpuTensor,
+        residual: &mut CpuTensor,
+        x: &CpuTensor,
+        weight: &Vec<f32>,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "add_rms_norm";
+        out.resize(OP, x.rows, x.cols)?;
+        check(OP, "rows of the residual", x.rows, residual.rows)?;
+        check(OP, "columns of the residual", x.cols, residual.cols)?;
+        check(OP, "length of the weight", x.cols, weight.len())?;
+        let (cols, norm) = (x.cols, self.norm);
+        let (to, sum) = (SendPtr(out.data.as_mut_ptr()), SendPtr(residual.data.as_mut_ptr()));
+        Self::for_rows(&self.pool, x.rows, cols, &|row| {
+            // SAFETY: all three have the same shape, and each row is written by one task.
+            let (out, sum) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(to.get().add(row * cols), cols),
+                    std::slice::from_raw_parts_mut(sum.get().add(row * cols), cols),
+                )
+            };
+            for (sum, x) in sum.iter_mut().zip(&x.data[row * cols..][..cols]) {
+                *sum += x;
+            }
+            // SAFETY: lengths were checked above; the variant was chosen for this machine.
+            unsafe { norm(out, sum, weight, eps) };
+        });
+        Ok(())
+    }
+
+    fn linear(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &PackedMatrix) -> Result<(), KernelError> {
+        check("linear", "columns of x", weight.cols(), x.cols)?;
+        out.resize("linear", x.rows, weight.rows())?;
+        linear::run(self.product, out.values_mut(), x.values(), weight, &self.pool)
+    }
+
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut CpuTensor,
+        cache: &mut CpuKvCache,
+        layer: usize,
+        params: &AttentionParams,
+        rope: usize,
+        qk_norm: Option<QkNorm<'_, Vec<f32>>>,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "rope_and_cache";
+        self.check_attention(OP, qkv, cache.spec(), layer, params)?;
+        let d = params.head_dim;
+        let Some(table) = self.ropes.get(rope) else {
+            let found = self.ropes.len();
+            return Err(KernelError::Shape { op: OP, what: "rotary embeddings of the step", wanted: rope + 1, found });
+        };
+        if table.rotated() > d {
+            return Err(KernelError::Shape { op: OP, what: "head size", wanted: table.rotated(), found: d });
+        }
+        if let Some(norm) = &qk_norm {
+            check(OP, "length of the q norm", d, norm.q.len())?;
+            check(OP, "length of the k norm", d, norm.k.len())?;
+        }
+        let (heads, kv_heads, cols) = (params.num_heads, params.num_kv_heads, qkv.cols);
+        let (rows, norm, slots) = (qkv.rows, self.norm, &self.batch.slots);
+        let start = SendPtr(qkv.data.as_mut_ptr());
+        let writer = cache.writer();
+        Self::for_rows(&self.pool, rows, cols, &|row| {
+            // SAFETY: the row lies in `qkv`, and each row is written by one task.
+            let qkv = unsafe { std::slice::from_raw_parts_mut(start.get().add(row * cols), cols) };
+            let (q, kv) = qkv.split_at_mut(heads * d);
+            let (k, v) = kv.split_at_mut(kv_heads * d);
+            for (side, heads) in [&mut *q, &mut *k].into_iter().enumerate() {
+                for head in heads.chunks_exact_mut(d) {
+                    if let Some(qk) = &qk_norm {
+                        let weight = if side == 0 { qk.q } else { qk.k };
+                        let mut normed = [0.0; 256];
+                        if let Some(normed) = normed.get_mut(..d) {
+                            // SAFETY: all are `d` long; the variant was chosen for this machine.
+                            unsafe { norm(normed, head, weight, qk.eps) };
+                            head.copy_from_slice(normed);
+                        } else {
+                            let source = head.to_vec();
+                            // SAFETY: as above.
+                            unsafe { norm(head, &source, weight, qk.eps) };
+                        }
+                    }
+                    table.rotate(row, head);
+                }
+            }
+            for (head, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
+                // SAFETY: slot, layer and head were checked above; `begin_step` saw that no two rows share a slot.
+                unsafe { writer.store(layer, slots[row] as usize, head, k, v) };
+            }
+        });
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        out: &mut CpuTensor,
+        qkv: &CpuTensor,
+        cache: &CpuKvCache,
+        layer: usize,
+        params: &AttentionParams,
+    ) -> Result<(), KernelError> {
+        self.check_attention("attention", qkv, cache.spec(), layer, params)?;
+        out.resize("attention", qkv.rows, params.num_heads * params.head_dim)?;
+        let out = SendPtr(out.data.as_mut_ptr());
+        let work = Work { params, batch: &self.batch, cache, layer, qkv: qkv.values(), out };
+        attention::run(self.attend, &work, &mut self.attention_scratch, &self.pool);
+        Ok(())
+    }
+
+    fn silu_mul(&mut self, out: &mut CpuTensor, x: &CpuTensor) -> Result<(), KernelError> {
+        let cols = x.cols / 2;
+        check("silu_mul", "columns of x", 2 * cols, x.cols)?;
+        out.resize("silu_mul", x.rows, cols)?;
+        let (to, silu) = (SendPtr(out.data.as_mut_ptr()), self.silu);
+        // A row is cut into parts of whole vectors, so that a decode's one row is shared too.
+        const PART: usize = 2048;
+        let parts = cols.div_ceil(PART);
+        Self::for_rows(&self.pool, x.rows * parts, PART.min(cols), &|task| {
+            let (row, first) = (task / parts, task % parts * PART);
+            let width = PART.min(cols - first);
+            let (gate, up) = x.data[row * 2 * cols..][..2 * cols].split_at(cols);
+            // SAFETY: the part lies in row `row` of `out`, and each part is written by one task.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols + first), width) };
+            // SAFETY: all are `width` long; the variant was chosen for this machine.
+            unsafe { silu(out, &gate[first..][..width], &up[first..][..width]) };
+        });
+        Ok(())
+    }
+
+    fn gather_rows(&mut self, out: &mut CpuTensor, x: &CpuTensor, rows: &[u32]) -> Result<(), KernelError> {
+        out.resize("gather_rows", rows.len(), x.cols)?;
+        if let Some(&row) = rows.iter().find(|&&row| row as usize >= x.rows) {
+            let (wanted, found) = (row as usize + 1, x.rows);
+            return Err(KernelError::Shape { op: "gather_rows", what: "rows of x", wanted, found });
+        }
+        for (out, &row) in out.values_mut().chunks_exact_mut(x.cols.max(1)).zip(rows) {
+            out.copy_from_slice(&x.data[row as usize * x.cols..][..x.cols]);
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, logits: &mut CpuTensor, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError> {
+        if let Some(row) = rows.iter().find(|row| row.logits_row >= logits.rows) {
+            let (wanted, found) = (row.logits_row + 1, logits.rows);
+            return Err(KernelError::Shape { op: "sample", what: "rows of the logits", wanted, found });
+        }
+        let cols = logits.cols;
+        self.sample_scratch.resize_with(self.pool.num_threads(), SampleScratch::default);
+        let mut sampled = vec![Sampled::default(); rows.len()];
+        // Two requests may ask for the same row, so each works on a copy unless the rows are in strictly rising order.
+        let rising = rows.windows(2).all(|pair| pair[0].logits_row < pair[1].logits_row);
+        let (values, out) = (SendPtr(logits.data.as_mut_ptr()), SendPtr(sampled.as_mut_ptr()));
+        let scratch = SendPtr(self.sample_scratch.as_mut_ptr());
+        let sample = |task: usize, worker: usize| {
+            // SAFETY: the row exists; it is changed only if no other task has the same one, else only read.
+            let (scratch, to) = unsafe { (&mut *scratch.get().add(worker), &mut *out.get().add(task)) };
+            let row = &rows[task];
+            // SAFETY: the row was checked to exist.
+            let start = unsafe { values.get().add(row.logits_row * cols) };
+            *to = if rising {
+                // SAFETY: rows differ, so this task has its row to itself.
+                sample_row(unsafe { std::slice::from_raw_parts_mut(start, cols) }, row, scratch)
+            } else {
+                // SAFETY: nothing writes to the logits on this path.
+                let mut copy = unsafe { std::slice::from_raw_parts(start, cols) }.to_vec();
+                sample_row(&mut copy, row, scratch)
+            };
+        };
+        if rows.len() * cols < PARALLEL_FROM {
+            (0..rows.len()).for_each(|task| sample(task, 0));
+        } else {
+            self.pool.run(rows.len(), &sample);
+        }
+        Ok(sampled)
+    }
+
+    fn read_row(&self, x: &CpuTensor, row: usize) -> Result<Vec<f32>, KernelError> {
+        if row >= x.rows {
+            return Err(KernelError::Shape { op: "read_row", what: "rows", wanted: row + 1, found: x.rows });
+        }
+        Ok(x.data[row * x.cols..][..x.cols].to_vec())
+    }
+}

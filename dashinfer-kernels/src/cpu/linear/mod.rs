@@ -1,0 +1,215 @@
+//! Dense products with weights in panels: `out = x · weightᵀ + bias`.
+
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod avx2;
+mod pack;
+mod scalar;
+
+use std::ops::Range;
+
+pub(crate) use pack::{PANEL, SendPtr, packed_bytes};
+pub use pack::{PackedMatrix, to_bytes};
+
+use super::isa::{Isa, Variant, choose};
+use super::pool::ThreadPool;
+use crate::KernelError;
+use crate::error::check;
+
+/// What the threads of a product share.
+pub(crate) struct Job<'a> {
+    /// `[T, K]`
+    x: &'a [f32],
+    weight: &'a PackedMatrix,
+}
+
+/// Where a product goes: `[T, N]`, written by several threads, each its own columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Output {
+    start: SendPtr<f32>,
+    cols: usize,
+}
+
+impl Output {
+    fn width(self, panel: usize) -> usize {
+        PANEL.min(self.cols - panel * PANEL)
+    }
+
+    /// Writes the columns of `panel` in row `row`.
+    ///
+    /// # Safety
+    /// Row and panel exist, and no other thread accesses these columns of this row.
+    #[inline(always)]
+    unsafe fn store(self, row: usize, panel: usize, sums: &[f32; PANEL]) {
+        let width = self.width(panel);
+        // SAFETY: `width` columns from there on lie in the row; the caller vouches for exclusive access.
+        unsafe {
+            let to = self.start.get().add(row * self.cols + panel * PANEL);
+            if width == PANEL {
+                to.cast::<[f32; PANEL]>().write_unaligned(*sums);
+            } else {
+                to.copy_from_nonoverlapping(sums.as_ptr(), width);
+            }
+        }
+    }
+
+    /// Reads what [`store`](Self::store) wrote.
+    ///
+    /// # Safety
+    /// As for [`store`](Self::store), and these columns were written before.
+    #[inline(always)]
+    #[cfg_attr(not(all(feature = "x86", target_arch = "x86_64")), expect(dead_code, reason = "for blocked variants"))]
+    unsafe fn load(self, row: usize, panel: usize, sums: &mut [f32; PANEL]) {
+        // SAFETY: as in `store`.
+        unsafe {
+            let from = self.start.get().add(row * self.cols + panel * PANEL);
+            sums.as_mut_ptr().copy_from_nonoverlapping(from, self.width(panel));
+        }
+    }
+}
+
+/// `(job, rows, panels, out)`.
+pub(crate) type Product = unsafe fn(&Job<'_>, Range<usize>, Range<usize>, Output);
+
+pub(crate) static VARIANTS: &[Variant<Product>] = &[
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    Variant { isa: Isa::Avx2, run: avx2::product },
+    Variant { isa: Isa::Scalar, run: scalar::product },
+];
+
+/// The best variant that needs no more than `limit`.
+pub(crate) fn best(limit: Isa) -> Product {
+    choose(VARIANTS, limit)
+}
+
+/// `out[t, n] = bias[n] + Σₖ x[t, k] · weight[n, k]`, each sum one chain of fused multiply-adds in the order of `k`, so that
+/// every variant gives the same bits, and a row's result does not depend on the other rows.
+///
+/// `x`: `[T, K]`; `out`: `[T, N]`.
+///
+/// # Errors
+/// [`KernelError::Shape`] if `x` is not whole rows of `K`, or `out` has not as many rows of `N`.
+pub fn linear(
+    out: &mut [f32],
+    x: &[f32],
+    weight: &PackedMatrix,
+    pool: &ThreadPool,
+    limit: Isa,
+) -> Result<(), KernelError> {
+    run(best(limit), out, x, weight, pool)
+}
+
+pub(crate) fn run(
+    product: Product,
+    out: &mut [f32],
+    x: &[f32],
+    weight: &PackedMatrix,
+    pool: &ThreadPool,
+) -> Result<(), KernelError> {
+    let rows = x.len() / weight.cols().max(1);
+    check("linear", "length of x", rows * weight.cols(), x.len())?;
+    check("linear", "length of the output", rows * weight.rows(), out.len())?;
+    if rows == 0 || weight.rows() == 0 {
+        return Ok(());
+    }
+    let out = Output { start: SendPtr(out.as_mut_ptr()), cols: weight.rows() };
+    let job = Job { x, weight };
+    let panels = weight.num_panels();
+    // Several tasks for each thread, so that a thread that the system interrupts holds the others up by little.
+    let per_task = panels.div_ceil(pool.num_threads() * 8).max(1);
+    pool.run(panels.div_ceil(per_task), &|task, _| {
+        let panels = task * per_task..panels.min((task + 1) * per_task);
+        // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels, so its
+        // own columns of `out`, which outlives the loop.
+        unsafe { product(&job, 0..rows, panels, out) };
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::isa::supported;
+    use crate::cpu::math::tests::noise;
+    use crate::cpu::pool::PoolConfig;
+    use crate::{DType, MatrixView};
+    use proptest::prelude::*;
+    use std::num::NonZeroUsize;
+
+    fn pool(threads: usize) -> ThreadPool {
+        ThreadPool::new(&PoolConfig { threads: NonZeroUsize::new(threads), cores: Vec::new() }).unwrap()
+    }
+
+    fn packed(n: usize, k: usize, dtype: DType, bias: bool, seed: u64, pool: &ThreadPool) -> (PackedMatrix, Vec<f32>) {
+        let bytes = to_bytes(&noise(n * k, seed), dtype);
+        let bias = noise(if bias { n } else { 0 }, seed + 1);
+        let view = MatrixView { bytes: &bytes, dtype, rows: n, cols: k };
+        let matrix = PackedMatrix::pack(&[view], (!bias.is_empty()).then_some(&bias[..]), pool).unwrap();
+        (matrix, crate::to_f32(&bytes, dtype))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        // Up to 13 rows make tiles of every height; up to 50 columns leave every tail of a panel.
+        #[test]
+        fn every_variant_has_the_bits_of_the_scalar_one(
+            t in 1usize..14, n in 1usize..50, k in 1usize..70, threads in 1usize..4, which in 0usize..3, bias: bool, seed: u64,
+        ) {
+            let pool = pool(threads);
+            let dtype = [DType::F32, DType::F16, DType::BF16][which];
+            let (matrix, _) = packed(n, k, dtype, bias, seed >> 1, &pool);
+            let x = noise(t * k, !seed);
+            let mut want = vec![f32::NAN; t * n];
+            run(scalar::product, &mut want, &x, &matrix, &pool).unwrap();
+            for v in supported(VARIANTS) {
+                let mut out = vec![f32::NAN; t * n];
+                run(v.run, &mut out, &x, &matrix, &pool).unwrap();
+                prop_assert_eq!(&out, &want, "{:?} {}", v.isa, dtype);
+            }
+        }
+    }
+
+    #[test]
+    fn the_scalar_product_is_the_formula() {
+        let pool = pool(1);
+        let (t, n, k) = (3, 21, 40);
+        let (matrix, weights) = packed(n, k, DType::BF16, false, 5, &pool);
+        let x = noise(t * k, 9);
+        let mut out = vec![f32::NAN; t * n];
+        run(scalar::product, &mut out, &x, &matrix, &pool).unwrap();
+        for (i, out) in out.iter().enumerate() {
+            let (row, col) = (i / n, i % n);
+            let sum: f64 = (0..k).map(|k_| f64::from(x[row * k + k_]) * f64::from(weights[col * k + k_])).sum();
+            assert!((f64::from(*out) - sum).abs() < 1e-4, "[{row}, {col}]: {out}, {sum}");
+        }
+    }
+
+    #[test]
+    fn blocks_of_rows_and_of_k_change_no_bit() {
+        // More rows than a row block, more columns than a k block, and neither a multiple.
+        let pool = pool(2);
+        let (t, n, k) = (203, 37, 1100);
+        let (matrix, _) = packed(n, k, DType::BF16, true, 3, &pool);
+        let x = noise(t * k, 4);
+        for v in supported(VARIANTS) {
+            let mut whole = vec![f32::NAN; t * n];
+            run(v.run, &mut whole, &x, &matrix, &pool).unwrap();
+            for row in [0, 95, 96, 150, 202] {
+                let mut alone = vec![f32::NAN; n];
+                run(v.run, &mut alone, &x[row * k..][..k], &matrix, &pool).unwrap();
+                assert_eq!(alone, whole[row * n..][..n], "{:?} row {row}", v.isa);
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
+        let pool = pool(1);
+        let (matrix, _) = packed(4, 8, DType::F32, false, 1, &pool);
+        let text = |out: usize, x: usize| {
+            linear(&mut vec![0.0; out], &vec![0.0; x], &matrix, &pool, Isa::best()).unwrap_err().to_string()
+        };
+        assert_eq!(text(4, 9), "linear: length of x should be 8, found 9");
+        assert_eq!(text(5, 8), "linear: length of the output should be 4, found 5");
+    }
+}

@@ -1,0 +1,249 @@
+//! The layout of dense weights: panels of 16 output features.
+//!
+//! A matrix `[N, K]` becomes `ceil(N / 16)` panels `[K][16]`, the last one padded with zeros. A kernel walks a panel from
+//! its first byte to its last, and at each step multiplies one value of each of its rows of `x` with 16 weights. So every
+//! output is one chain of fused multiply-adds over `k = 0, 1, ..`, whatever the number of rows and on every instruction
+//! set: that is why a row's result does not depend on its batch.
+//!
+//! In a 16-bit group of bf16 the columns `c` and `c + 8` are neighbours: as little-endian 32-bit lanes, a shift gives the
+//! first eight columns as f32 and a mask gives the other eight.
+
+use half::{bf16, f16};
+
+use super::super::aligned::AlignedBuf;
+use super::super::pool::ThreadPool;
+use crate::error::check;
+use crate::{DType, KernelError, MatrixView};
+
+/// Output features of a panel.
+pub(crate) const PANEL: usize = 16;
+
+/// A weight matrix `[N, K]` in panels, and its bias.
+#[derive(Debug)]
+pub struct PackedMatrix {
+    rows: usize,
+    cols: usize,
+    dtype: DType,
+    data: AlignedBuf<u8>,
+    /// `[panels * 16]`, zeros behind the last row; empty without a bias.
+    bias: Vec<f32>,
+}
+
+impl PackedMatrix {
+    /// Packs `parts`, stacked along the output features. `bias`: `[sum of rows]`.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if the parts differ in type or columns, or a length is off; [`KernelError::OutOfMemory`].
+    pub fn pack(parts: &[MatrixView<'_>], bias: Option<&[f32]>, pool: &ThreadPool) -> Result<Self, KernelError> {
+        let Some(first) = parts.first() else {
+            return Err(KernelError::Shape { op: "pack", what: "number of parts", wanted: 1, found: 0 });
+        };
+        let (dtype, cols) = (first.dtype, first.cols);
+        for part in parts {
+            check("pack", "columns of a part", cols, part.cols)?;
+            check("pack", "element size of a part", dtype.size_bytes(), part.dtype.size_bytes())?;
+            if part.dtype != dtype {
+                let what = format!("{} beside {} in one matrix", part.dtype, dtype);
+                return Err(KernelError::Unsupported { op: "pack", what, backend: "cpu" });
+            }
+            let bytes = part.rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size_bytes()));
+            check("pack", "bytes of a part", bytes.unwrap_or(usize::MAX), part.bytes.len())?;
+        }
+        let rows: usize = parts.iter().map(|p| p.rows).sum();
+        let panels = rows.div_ceil(PANEL);
+        let mut padded_bias = Vec::new();
+        if let Some(bias) = bias {
+            check("pack", "length of the bias", rows, bias.len())?;
+            padded_bias.extend_from_slice(bias);
+            padded_bias.resize(panels * PANEL, 0.0);
+        }
+        let mut data = AlignedBuf::<u8>::zeroed("a weight matrix", packed_bytes(rows, cols, dtype))?;
+        let panel_bytes = PANEL * cols * dtype.size_bytes();
+        let start = SendPtr(data.as_mut_ptr());
+        // First and last row of each part in the stacked matrix.
+        let mut ends = Vec::with_capacity(parts.len());
+        let mut end = 0;
+        for part in parts {
+            end += part.rows;
+            ends.push((end - part.rows, part));
+        }
+        pool.run(panels, &|panel, _| {
+            // SAFETY: panels are disjoint, each is `panel_bytes` long, and all lie within `data`.
+            let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes) };
+            for lane in 0..PANEL.min(rows - panel * PANEL) {
+                let row = panel * PANEL + lane;
+                let at = ends.partition_point(|(first_row, _)| *first_row <= row) - 1;
+                // Parts without rows share their first row with the part behind them, which is the one found.
+                let (first_row, part) = ends[at];
+                let row_bytes = cols * dtype.size_bytes();
+                let source = &part.bytes[(row - first_row) * row_bytes..][..row_bytes];
+                scatter(out, source, dtype, lane);
+            }
+        });
+        Ok(Self { rows, cols, dtype, data, bias: padded_bias })
+    }
+
+    /// Output features, `N`.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features, `K`.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The stored type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes that a product reads.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    pub(crate) fn num_panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// Panel `panel`: `[K][16]`.
+    pub(crate) fn panel(&self, panel: usize) -> &[u8] {
+        let bytes = PANEL * self.cols * self.dtype.size_bytes();
+        &self.data[panel * bytes..][..bytes]
+    }
+
+    /// The bias of panel `panel`; zeros without one.
+    pub(crate) fn panel_bias(&self, panel: usize) -> [f32; PANEL] {
+        let mut bias = [0.0; PANEL];
+        if !self.bias.is_empty() {
+            bias.copy_from_slice(&self.bias[panel * PANEL..][..PANEL]);
+        }
+        bias
+    }
+
+    /// Row `row` as f32 into `out` `[K]`: an embedding.
+    pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
+        let panel = self.panel(row / PANEL);
+        let lane = lane_in_group(row % PANEL, self.dtype);
+        for (k, out) in out.iter_mut().enumerate() {
+            *out = crate::element(panel, self.dtype, k * PANEL + lane);
+        }
+    }
+}
+
+/// Bytes of a packed `[rows, cols]` matrix.
+pub(crate) fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
+    rows.div_ceil(PANEL).saturating_mul(PANEL).saturating_mul(cols).saturating_mul(dtype.size_bytes())
+}
+
+/// Where column `lane` of a panel stands in a group of 16.
+pub(crate) fn lane_in_group(lane: usize, dtype: DType) -> usize {
+    match dtype {
+        DType::BF16 => (lane % 8) * 2 + lane / 8,
+        DType::F16 | DType::F32 => lane,
+    }
+}
+
+/// Spreads one row's values over the groups of a panel.
+fn scatter(panel: &mut [u8], row: &[u8], dtype: DType, lane: usize) {
+    fn spread<const SIZE: usize>(panel: &mut [u8], row: &[u8], lane: usize) {
+        let groups = panel.as_chunks_mut::<SIZE>().0.chunks_exact_mut(PANEL);
+        for (group, value) in groups.zip(row.as_chunks::<SIZE>().0) {
+            group[lane] = *value;
+        }
+    }
+    let lane = lane_in_group(lane, dtype);
+    match dtype {
+        DType::F32 => spread::<4>(panel, row, lane),
+        DType::F16 | DType::BF16 => spread::<2>(panel, row, lane),
+    }
+}
+
+/// A pointer that the threads of a loop share; each writes its own part.
+pub(crate) struct SendPtr<T>(pub(crate) *mut T);
+
+impl<T> Clone for SendPtr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SendPtr<T> {}
+
+// SAFETY: a pointer is only an address; whoever dereferences it argues for the access.
+unsafe impl<T> Send for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for SendPtr<T> {}
+
+impl<T> SendPtr<T> {
+    pub(crate) fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+/// Rounds `values` to `dtype`, little-endian: what a checkpoint would hold. For tests and random weights.
+#[must_use]
+pub fn to_bytes(values: &[f32], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        DType::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::PoolConfig;
+
+    #[test]
+    fn rows_come_back_as_they_were_whatever_the_parts() {
+        let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (split, rows, cols) in [(1, 19, 5), (16, 33, 8), (0, 7, 1), (7, 7, 3)] {
+                let values: Vec<f32> = (0..rows * cols).map(|i| i as f32 - 50.0).collect();
+                let bytes = to_bytes(&values, dtype);
+                let (a, b) = bytes.split_at(split * cols * dtype.size_bytes());
+                let part = |bytes, rows| MatrixView { bytes, dtype, rows, cols };
+                let packed = PackedMatrix::pack(&[part(a, split), part(b, rows - split)], None, &pool).unwrap();
+                let mut row = vec![0.0; cols];
+                for r in 0..rows {
+                    packed.read_row(r, &mut row);
+                    assert_eq!(row, values[r * cols..][..cols], "{dtype} row {r}");
+                }
+                assert_eq!(packed.bytes(), packed_bytes(rows, cols, dtype));
+            }
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
+        let part = |bytes, dtype, rows, cols| MatrixView { bytes, dtype, rows, cols };
+        let pack = |parts: &[MatrixView<'_>], bias| PackedMatrix::pack(parts, bias, &pool).unwrap_err().to_string();
+        let zeros = [0; 64];
+        assert_eq!(pack(&[], None), "pack: number of parts should be 1, found 0");
+        assert_eq!(
+            pack(&[part(&zeros[..63], DType::BF16, 4, 8)], None),
+            "pack: bytes of a part should be 64, found 63"
+        );
+        assert_eq!(
+            pack(&[part(&zeros, DType::BF16, 4, 8), part(&zeros, DType::BF16, 8, 4)], None),
+            "pack: columns of a part should be 8, found 4"
+        );
+        assert_eq!(
+            pack(&[part(&zeros, DType::BF16, 4, 8), part(&zeros, DType::F16, 4, 8)], None),
+            "pack: f16 beside bf16 in one matrix is not supported by the cpu backend"
+        );
+        assert_eq!(
+            pack(&[part(&zeros, DType::BF16, 4, 8)], Some(&[0.0; 3])),
+            "pack: length of the bias should be 4, found 3"
+        );
+        assert!(pack(&[part(&zeros, DType::F32, usize::MAX, 8)], None).contains("bytes of a part"));
+    }
+}

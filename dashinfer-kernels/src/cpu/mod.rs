@@ -1,0 +1,20 @@
+//! The CPU: one scalar definition of every operator, fast siblings beside it, and a pool of threads.
+
+mod aligned;
+mod attention;
+mod backend;
+mod isa;
+mod linear;
+mod math;
+mod pool;
+mod rms_norm;
+mod rope;
+mod silu_mul;
+
+pub use attention::CpuKvCache;
+pub use backend::{CpuBackend, CpuConfig, CpuTensor};
+pub use isa::Isa;
+pub use linear::{PackedMatrix, linear, to_bytes};
+pub use pool::{PoolConfig, ThreadPool};
+pub use rms_norm::rms_norm;
+pub use silu_mul::silu_mul;
