@@ -1,1 +1,59 @@
-//! Models.
+//! Model families, checkpoints and the one decoder of dashinfer.
+//!
+//! ```text
+//! config.json ──▶ HfConfig ──▶ ModelSpec ──┐
+//! *.safetensors ──▶ Checkpoint ────────────┼──▶ Decoder<B: Backend> ──▶ Logits
+//! (or RandomWeights)                       │         ▲
+//!                                  ForwardBatch, KV cache
+//! ```
+//!
+//! [`HfConfig`] reads what others wrote, permissively. [`ModelSpec`] is strict. A family is a few facts in [`FAMILIES`];
+//! [`Decoder`] is the only forward pass. This crate knows nothing of requests, scheduling or sampling policy.
+//!
+//! ```
+//! use dashinfer_kernels::Backend;
+//! use dashinfer_models::{Checkpoint, Decoder, ModelSpec, StepLimits};
+//!
+//! fn load<B: Backend>(backend: B, folder: &std::path::Path) -> Result<Decoder<B>, Box<dyn std::error::Error>> {
+//!     let spec = ModelSpec::read(folder)?;
+//!     let mut checkpoint = Checkpoint::open(folder)?;
+//!     let limits = StepLimits { max_tokens: 512, max_logit_rows: 64 };
+//!     Ok(Decoder::load(backend, spec, &mut checkpoint, limits, &mut |_| ())?)
+//! }
+//! ```
+
+mod activations;
+mod batch;
+mod checkpoint;
+mod config;
+mod decoder;
+mod error;
+mod estimate;
+mod families;
+mod generation_config;
+mod json;
+mod loader;
+mod random;
+mod rope;
+mod safetensors;
+pub mod shapes;
+mod source;
+mod spec;
+#[cfg(test)]
+mod test_folder;
+mod weights;
+
+pub use activations::StepLimits;
+pub use batch::ForwardBatch;
+pub use checkpoint::Checkpoint;
+pub use config::HfConfig;
+pub use decoder::{Decoder, Logits};
+pub use error::{BatchError, CheckpointError, ConfigError, ForwardError, LoadError, WeightsError};
+pub use estimate::{MemoryEstimate, panel_bytes};
+pub use families::{FAMILIES, ToSpec};
+pub use generation_config::GenerationConfig;
+pub use loader::LoadProgress;
+pub use random::RandomWeights;
+pub use rope::{RopeScaling, RopeSpec};
+pub use source::{StoredType, TensorInfo, WeightSource};
+pub use spec::{Attention, LayerSpec, Mlp, ModelSpec};

@@ -1,0 +1,94 @@
+//! The tensors between operators: allocated once for the largest step, used again by every step.
+
+use dashinfer_kernels::{Backend, KernelError};
+
+use crate::ModelSpec;
+
+/// The largest step that a decoder has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Tokens in a step, `T`: the scheduler's token budget.
+    pub max_tokens: usize,
+    /// Rows of a step that get logits. One for each sequence is enough to sample; each row takes `V` values.
+    pub max_logit_rows: usize,
+}
+
+/// Columns of the activations.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Widths {
+    hidden: usize,
+    qkv: usize,
+    heads: usize,
+    mlp: usize,
+    vocab: usize,
+}
+
+impl Widths {
+    pub(crate) fn new(spec: &ModelSpec) -> Self {
+        let attention = spec.attention;
+        Self {
+            hidden: spec.hidden_size,
+            qkv: (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim,
+            heads: attention.num_heads * attention.head_dim,
+            mlp: spec.mlp.size,
+            vocab: spec.vocab_size,
+        }
+    }
+
+    /// Bytes of all activations in f32.
+    pub(crate) fn bytes(&self, limits: StepLimits) -> u64 {
+        let token = 3 * self.hidden + self.qkv + self.heads + 3 * self.mlp;
+        let logit_row = self.hidden + self.heads + self.vocab;
+        let times = |rows: usize, cols: usize| (rows as u64).saturating_mul(cols as u64);
+        let values = times(limits.max_tokens, token).saturating_add(times(limits.max_logit_rows, logit_row));
+        values.saturating_mul(size_of::<f32>() as u64)
+    }
+}
+
+/// `T` rows each, the last three one row for each row of logits.
+pub(crate) struct Activations<T> {
+    /// `[T, E]`: the sum of all layers so far.
+    pub(crate) residual: T,
+    /// `[T, E]`: the residual, normed.
+    pub(crate) normed: T,
+    /// `[T, E]`: what attention or MLP adds to the residual.
+    pub(crate) delta: T,
+    /// `[T, (H + 2 K) · D]`
+    pub(crate) qkv: T,
+    /// `[T, H · D]`
+    pub(crate) heads: T,
+    /// `[T, 2 F]`
+    pub(crate) gate_up: T,
+    /// `[T, F]`
+    pub(crate) inner: T,
+    /// `[R, E]`: rows of `residual`.
+    pub(crate) picked_residual: T,
+    /// `[R, H · D]`: rows of `heads`.
+    pub(crate) picked_heads: T,
+    /// `[R, V]`
+    pub(crate) logits: T,
+}
+
+impl<T> Activations<T> {
+    pub(crate) fn new<B: Backend<Tensor = T>>(
+        backend: &B,
+        spec: &ModelSpec,
+        limits: StepLimits,
+    ) -> Result<Self, KernelError> {
+        let widths = Widths::new(spec);
+        let of_tokens = |cols| backend.tensor(limits.max_tokens, cols);
+        let of_logits = |cols| backend.tensor(limits.max_logit_rows, cols);
+        Ok(Self {
+            residual: of_tokens(widths.hidden)?,
+            normed: of_tokens(widths.hidden)?,
+            delta: of_tokens(widths.hidden)?,
+            qkv: of_tokens(widths.qkv)?,
+            heads: of_tokens(widths.heads)?,
+            gate_up: of_tokens(2 * widths.mlp)?,
+            inner: of_tokens(widths.mlp)?,
+            picked_residual: of_logits(widths.hidden)?,
+            picked_heads: of_logits(widths.heads)?,
+            logits: of_logits(widths.vocab)?,
+        })
+    }
+}

@@ -1,0 +1,234 @@
+//! The one forward pass: every family's, on every backend.
+//!
+//! ```text
+//! ids ─ embed ─▶ residual ─┬─ norm ─ qkv ─ rope, cache ─ attention ─ out ─┬─ add, norm ─ gate, up ─ silu · ─ down ─▶ (+)
+//!                          └────────────────── L times ────────────────────────────────────────────────────────┘
+//!                residual ─ norm ─ head ─▶ logits
+//! ```
+
+use dashinfer_kernels::{Backend, KernelError, QkNorm, Rope, SampleRow, Sampled};
+
+use crate::{
+    ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, StepLimits, WeightSource,
+    activations::Activations,
+    loader,
+    weights::{LayerWeights, Weights},
+};
+
+/// A loaded model. It holds no sequence: what was computed is in the cache, which the caller owns.
+pub struct Decoder<B: Backend> {
+    backend: B,
+    spec: ModelSpec,
+    ropes: Vec<Rope>,
+    weights: Weights<B::Linear, B::Vector>,
+    activations: Activations<B::Tensor>,
+    limits: StepLimits,
+    num_logit_rows: usize,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads the weights of `spec` from `source` onto `backend`, with room for steps of `limits`.
+    ///
+    /// # Errors
+    /// [`LoadError::Weights`] before anything is packed if `source` is not a checkpoint of `spec`, [`LoadError::Config`] for a
+    /// spec that was changed into no model, [`LoadError::Kernel`] if the device has no room.
+    pub fn load(
+        backend: B,
+        spec: ModelSpec,
+        source: &mut dyn WeightSource,
+        limits: StepLimits,
+        on_progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, LoadError> {
+        spec.check()?;
+        let weights = loader::load(&backend, &spec, source, on_progress)?;
+        let activations = Activations::new(&backend, &spec, limits)?;
+        let ropes = spec.ropes.iter().map(|rope| rope.rope()).collect();
+        Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0 })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The largest step there is room for.
+    pub fn limits(&self) -> StepLimits {
+        self.limits
+    }
+
+    /// The backend, to make a cache with.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The backend, for work between steps.
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
+    /// Computes one step: appends the keys and values of every row to `cache`, and gives logits for
+    /// [`logit_rows`](ForwardBatch::logit_rows). Allocates nothing itself.
+    ///
+    /// The batch must have passed [`ForwardBatch::check`] for this cache. Here only what belongs to the decoder is checked
+    /// again; a contradiction with the cache is the backend's to report.
+    ///
+    /// # Errors
+    /// [`ForwardError`]. The cache may then hold some of the step's rows; computing them again puts them right.
+    pub fn forward(&mut self, batch: &ForwardBatch, cache: &mut B::KvCache) -> Result<Logits<'_, B>, ForwardError> {
+        self.forward_observed(batch, cache, &mut |_, _, _| ())
+    }
+
+    /// [`forward`](Self::forward), and shows the hidden states: `observe(backend, l, x)` gets the input of layer `l`,
+    /// `[T, E]`, and at last, with `l = L`, the final norm of the rows that get logits. To find where two
+    /// implementations part.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn forward_observed(
+        &mut self,
+        batch: &ForwardBatch,
+        cache: &mut B::KvCache,
+        observe: &mut dyn FnMut(&B, usize, &B::Tensor),
+    ) -> Result<Logits<'_, B>, ForwardError> {
+        self.num_logit_rows = 0;
+        batch.check_limits(&self.spec, self.limits)?;
+        self.backend.begin_step(&batch.paged, &self.ropes)?;
+        self.backend.embed(&mut self.activations.residual, &self.weights.embed, &batch.ids)?;
+        let last = self.spec.num_layers() - 1;
+        for layer in 0..last {
+            self.project(layer, cache, observe)?;
+            self.attend(layer, cache)?;
+            self.finish_layer(layer, false)?;
+        }
+        // The last layer's keys and values are needed of every row; all that follows, of those with logits alone.
+        self.project(last, cache, observe)?;
+        if !batch.logit_rows.is_empty() {
+            self.attend(last, cache)?;
+            let picked = self.pick(batch)?;
+            self.finish_layer(last, picked)?;
+            self.head(picked, observe)?;
+        }
+        self.num_logit_rows = batch.logit_rows.len();
+        Ok(self.logits())
+    }
+
+    /// The logits of the last step. It has none if it asked for none or failed.
+    pub fn logits(&mut self) -> Logits<'_, B> {
+        Logits { backend: &mut self.backend, tensor: &mut self.activations.logits, num_rows: self.num_logit_rows }
+    }
+
+    /// Adds what the layer below left in `delta` to the residual, norms it, projects it to q, k and v, and caches k and v.
+    fn project(
+        &mut self,
+        layer: usize,
+        cache: &mut B::KvCache,
+        observe: &mut dyn FnMut(&B, usize, &B::Tensor),
+    ) -> Result<(), KernelError> {
+        let Self { backend, spec, weights, activations: x, .. } = self;
+        let (facts, layer_weights) = (&spec.layers[layer], &weights.layers[layer]);
+        let norm = &layer_weights.attention_norm;
+        if layer == 0 {
+            backend.rms_norm(&mut x.normed, &x.residual, norm, spec.norm_eps)?;
+        } else {
+            backend.add_rms_norm(&mut x.normed, &mut x.residual, &x.delta, norm, spec.norm_eps)?;
+        }
+        observe(backend, layer, &x.residual);
+        backend.linear(&mut x.qkv, &x.normed, &layer_weights.qkv)?;
+        let qk_norm = layer_weights.qk_norm.as_ref();
+        let qk_norm = qk_norm.map(|norms| QkNorm { q: &norms.q, k: &norms.k, eps: spec.norm_eps });
+        backend.rope_and_cache(&mut x.qkv, cache, layer, &spec.attention_params(facts), facts.rope, qk_norm)
+    }
+
+    fn attend(&mut self, layer: usize, cache: &B::KvCache) -> Result<(), KernelError> {
+        let Self { backend, spec, activations: x, .. } = self;
+        backend.attention(&mut x.heads, &x.qkv, cache, layer, &spec.attention_params(&spec.layers[layer]))
+    }
+
+    /// Gathers the rows that get logits, unless all do (a step of decodes). Returns whether it did.
+    fn pick(&mut self, batch: &ForwardBatch) -> Result<bool, KernelError> {
+        let Self { backend, activations: x, .. } = self;
+        let rows = &batch.logit_rows;
+        if rows.len() == batch.num_rows() {
+            return Ok(false); // ascending and as many: the very rows
+        }
+        backend.gather_rows(&mut x.picked_heads, &x.heads, rows)?;
+        backend.gather_rows(&mut x.picked_residual, &x.residual, rows)?;
+        Ok(true)
+    }
+
+    /// What follows attention in a layer: its output projection, and the MLP, whose result is left in `delta`.
+    fn finish_layer(&mut self, layer: usize, picked: bool) -> Result<(), KernelError> {
+        let Self { backend, spec, weights, activations: x, .. } = self;
+        let LayerWeights { attention_out, mlp_norm, gate_up, down, .. } = &weights.layers[layer];
+        let (heads, residual) =
+            if picked { (&x.picked_heads, &mut x.picked_residual) } else { (&x.heads, &mut x.residual) };
+        backend.linear(&mut x.delta, heads, attention_out)?;
+        backend.add_rms_norm(&mut x.normed, residual, &x.delta, mlp_norm, spec.norm_eps)?;
+        backend.linear(&mut x.gate_up, &x.normed, gate_up)?;
+        backend.silu_mul(&mut x.inner, &x.gate_up)?;
+        backend.linear(&mut x.delta, &x.inner, down)
+    }
+
+    fn head(&mut self, picked: bool, observe: &mut dyn FnMut(&B, usize, &B::Tensor)) -> Result<(), KernelError> {
+        let Self { backend, spec, weights, activations: x, .. } = self;
+        let residual = if picked { &mut x.picked_residual } else { &mut x.residual };
+        backend.add_rms_norm(&mut x.normed, residual, &x.delta, &weights.norm, spec.norm_eps)?;
+        observe(backend, spec.num_layers(), &x.normed);
+        backend.linear(&mut x.logits, &x.normed, weights.head.as_ref().unwrap_or(&weights.embed))
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for Decoder<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (backend, spec, limits) = (self.backend.name(), &self.spec, &self.limits);
+        f.debug_struct("Decoder").field("backend", &backend).field("spec", spec).field("limits", limits).finish()
+    }
+}
+
+/// The logits of a step, still on the device, with the backend that can read them and sample from them.
+pub struct Logits<'a, B: Backend> {
+    backend: &'a mut B,
+    tensor: &'a mut B::Tensor,
+    num_rows: usize,
+}
+
+impl<B: Backend> Logits<'_, B> {
+    /// Rows: as many as the batch had [`logit_rows`](ForwardBatch::logit_rows).
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    /// Picks a token for each of `rows`. Logits may be overwritten.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if a row has no logits, and what the backend reports.
+    pub fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError> {
+        for row in rows {
+            self.check_row("sample", row.logits_row)?;
+        }
+        self.backend.sample(self.tensor, rows)
+    }
+
+    /// Copies one row to the host.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if the row has no logits, and what the backend reports.
+    pub fn read_row(&self, row: usize) -> Result<Vec<f32>, KernelError> {
+        self.check_row("read_row", row)?;
+        self.backend.read_row(self.tensor, row)
+    }
+
+    fn check_row(&self, op: &'static str, row: usize) -> Result<(), KernelError> {
+        if row < self.num_rows {
+            return Ok(());
+        }
+        Err(KernelError::Shape { op, what: "rows of logits", wanted: row + 1, found: self.num_rows })
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for Logits<'_, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Logits").field("num_rows", &self.num_rows).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,177 @@
+//! From named tensors to packed weights: first the proof that they are this model's, then packing, one matrix at a time.
+
+use std::{borrow::Cow, collections::HashSet};
+
+use dashinfer_kernels::{Backend, DType, MatrixView, to_f32};
+
+use crate::{
+    LoadError, ModelSpec, StoredType, WeightSource, WeightsError,
+    weights::{Fill, HEAD_WEIGHT, LinearPlan, Plan, VectorPlan, Weights},
+};
+
+/// How far loading has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LoadProgress {
+    /// Tensors packed so far.
+    pub tensors_done: usize,
+    /// Tensors in all.
+    pub tensors_total: usize,
+    /// Their bytes, as stored.
+    pub bytes_done: u64,
+    /// The bytes of all tensors, as stored.
+    pub bytes_total: u64,
+}
+
+/// Loads the weights of `spec` and calls `on_progress` after each matrix or vector.
+///
+/// Nothing is packed unless all of `source` fits: a wrong checkpoint fails at once, not after the last gigabyte. Memory
+/// stays near the packed size: a tensor is given back to its source as soon as it is packed.
+pub(crate) fn load<B: Backend>(
+    backend: &B,
+    spec: &ModelSpec,
+    source: &mut dyn WeightSource,
+    on_progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Weights<B::Linear, B::Vector>, LoadError> {
+    let plan = Plan::new(spec);
+    let progress = prove(&plan, source)?;
+    plan.fill(&mut Loader { backend, source, progress, on_progress })
+}
+
+/// The proof: every parameter has a tensor of its shape and of a type that we read, and every tensor is used or may be
+/// ignored. Returns what there is to load.
+pub(crate) fn prove(plan: &Plan, source: &dyn WeightSource) -> Result<LoadProgress, WeightsError> {
+    let wanted = plan.tensors();
+    let mut missing = Vec::new();
+    let mut bytes_total = 0;
+    for (name, shape) in &wanted {
+        let Some(info) = source.info(name) else {
+            missing.push((name, shape));
+            continue;
+        };
+        if info.shape != *shape {
+            return Err(WeightsError::Shape { name: name.clone(), wanted: shape.clone(), found: info.shape });
+        }
+        bytes_total += (shape.iter().product::<usize>() * float_type(name, info.dtype)?.size_bytes()) as u64;
+    }
+    match missing[..] {
+        [] => {}
+        [(name, _)] if name == HEAD_WEIGHT => return Err(WeightsError::MissingHead),
+        [(name, shape), ref rest @ ..] => {
+            return Err(WeightsError::Missing { name: name.clone(), shape: shape.clone(), more: rest.len() });
+        }
+    }
+    let used: HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
+    let left = source.names().into_iter().filter(|name| !used.contains(name) && !plan.ignores(name));
+    let mut left: Vec<&str> = left.collect();
+    left.sort_unstable();
+    if let [first, rest @ ..] = &left[..] {
+        return Err(WeightsError::LeftOver { name: (*first).to_owned(), more: rest.len() });
+    }
+    Ok(LoadProgress { tensors_done: 0, tensors_total: wanted.len(), bytes_done: 0, bytes_total })
+}
+
+/// The type in which the parts of one matrix are packed: their own, or `f32` if they differ.
+pub(crate) fn common_type(types: impl IntoIterator<Item = DType>) -> DType {
+    let mut types = types.into_iter();
+    let first = types.next().unwrap_or(DType::F32);
+    if types.all(|other| other == first) { first } else { DType::F32 }
+}
+
+pub(crate) fn float_type(name: &str, stored: StoredType) -> Result<DType, WeightsError> {
+    match stored {
+        StoredType::Float(dtype) => Ok(dtype),
+        StoredType::Other(found) => Err(WeightsError::DType { name: name.to_owned(), found }),
+    }
+}
+
+/// Packs what a proven source holds.
+struct Loader<'a, B> {
+    backend: &'a B,
+    source: &'a mut dyn WeightSource,
+    progress: LoadProgress,
+    on_progress: &'a mut dyn FnMut(LoadProgress),
+}
+
+/// A tensor in memory.
+struct Tensor<'a> {
+    bytes: Cow<'a, [u8]>,
+    dtype: DType,
+}
+
+impl Tensor<'_> {
+    fn to_f32(&self) -> Vec<f32> {
+        to_f32(&self.bytes, self.dtype)
+    }
+
+    fn into_type(self, dtype: DType) -> Self {
+        if self.dtype == dtype {
+            return self;
+        }
+        debug_assert_eq!(dtype, DType::F32, "types are only widened");
+        let bytes = self.to_f32().into_iter().flat_map(f32::to_le_bytes).collect();
+        Self { bytes: Cow::Owned(bytes), dtype }
+    }
+}
+
+impl<B> Loader<'_, B> {
+    /// The proof has found each tensor with the shape that is asked for here.
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, WeightsError> {
+        let missing = || WeightsError::Missing { name: name.to_owned(), shape: shape.to_vec(), more: 0 };
+        let dtype = float_type(name, self.source.info(name).ok_or_else(missing)?.dtype)?;
+        Ok(Tensor { bytes: self.source.read(name).ok_or_else(missing)?, dtype })
+    }
+
+    /// Gives `tensors` back and counts them.
+    fn finish(&mut self, tensors: &[String], stored_bytes: usize) {
+        for name in tensors {
+            self.source.release(name);
+        }
+        self.progress.tensors_done += tensors.len();
+        self.progress.bytes_done += stored_bytes as u64;
+        (self.on_progress)(self.progress);
+    }
+}
+
+impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
+    type Error = LoadError;
+
+    fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, LoadError> {
+        let mut names: Vec<String> = plan.parts.iter().map(|part| part.weight()).collect();
+        let tensors = plan.parts.iter().zip(&names).map(|(part, name)| self.read(name, &[part.rows, plan.cols]));
+        let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
+        let mut stored_bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
+
+        let mut bias = Vec::new();
+        if plan.bias {
+            for part in &plan.parts {
+                names.push(part.bias());
+                let tensor = self.read(&part.bias(), &[part.rows])?;
+                stored_bytes += tensor.bytes.len();
+                bias.extend(tensor.to_f32());
+            }
+        }
+        let dtype = common_type(tensors.iter().map(|tensor| tensor.dtype));
+        let tensors: Vec<_> = tensors.into_iter().map(|tensor| tensor.into_type(dtype)).collect();
+        let views: Vec<_> = plan
+            .parts
+            .iter()
+            .zip(&tensors)
+            .map(|(part, tensor)| MatrixView { bytes: &tensor.bytes, dtype, rows: part.rows, cols: plan.cols })
+            .collect();
+        let packed = self.backend.pack(&views, plan.bias.then_some(&bias[..]))?;
+        drop(views);
+        drop(tensors);
+        self.finish(&names, stored_bytes);
+        Ok(packed)
+    }
+
+    fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, LoadError> {
+        let tensor = self.read(&plan.name, &[plan.len])?;
+        let stored_bytes = tensor.bytes.len();
+        let vector = self.backend.vector(&tensor.to_f32())?;
+        drop(tensor);
+        self.finish(std::slice::from_ref(&plan.name), stored_bytes);
+        Ok(vector)
+    }
+}

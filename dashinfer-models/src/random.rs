@@ -1,0 +1,126 @@
+//! Random weights in the shape of a model: for benchmarks, and for trying a shape whose checkpoint is not at hand.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
+use dashinfer_kernels::DType;
+use half::bf16;
+
+use crate::{ModelSpec, StoredType, TensorInfo, WeightSource, weights::Plan};
+
+/// Standard deviation of matrices and biases, and of norms around 1: that of the usual initialization.
+const DEVIATION: f32 = 0.02;
+/// Values in the table that weights are drawn from; a power of two, small enough for the first-level cache.
+const TABLE: usize = 1 << 12;
+
+/// A source of bf16 weights which are made when they are read: normal-ish with a deviation of 0.02, norms near 1. The same
+/// seed gives the same weights.
+#[derive(Debug, Clone)]
+pub struct RandomWeights {
+    shapes: BTreeMap<String, Vec<usize>>,
+    seed: u64,
+}
+
+impl RandomWeights {
+    /// Weights for `spec`.
+    #[must_use]
+    pub fn new(spec: &ModelSpec, seed: u64) -> Self {
+        Self { shapes: Plan::new(spec).tensors().into_iter().collect(), seed }
+    }
+}
+
+impl WeightSource for RandomWeights {
+    fn names(&self) -> Vec<&str> {
+        self.shapes.keys().map(String::as_str).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let shape = self.shapes.get(name)?.clone();
+        Some(TensorInfo { dtype: StoredType::Float(DType::BF16), shape })
+    }
+
+    fn read(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        let len = self.shapes.get(name)?.iter().product();
+        let mean = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
+        let mut hasher = DefaultHasher::new();
+        (self.seed, name).hash(&mut hasher);
+        Some(Cow::Owned(values(len, mean, hasher.finish())))
+    }
+}
+
+/// `len` values, as the bytes of bf16.
+fn values(len: usize, mean: f32, seed: u64) -> Vec<u8> {
+    let mut random = Xorshift::new(seed);
+    let table: Vec<[u8; 2]> = (0..TABLE)
+        .map(|_| {
+            // The sum of twelve uniform numbers has a deviation of 1.
+            let sum: f32 = (0..12).map(|_| (random.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5).sum();
+            bf16::from_f32(mean + DEVIATION * sum).to_le_bytes()
+        })
+        .collect();
+    let table: &[[u8; 2]; TABLE] = table.as_slice().try_into().expect("it was made with this length");
+    // Four values per random number: one at a time, the generator would take most of the time.
+    let mut bytes = vec![0; len * 2];
+    for chunk in bytes.chunks_mut(8) {
+        let mut bits = random.next();
+        for value in chunk.chunks_exact_mut(2) {
+            value.copy_from_slice(&table[bits as usize % TABLE]);
+            bits >>= 16;
+        }
+    }
+    bytes
+}
+
+/// <https://www.jstatsoft.org/article/view/v008i14>, with the shifts 13, 7, 17.
+struct Xorshift(u64);
+
+impl Xorshift {
+    fn new(seed: u64) -> Self {
+        Self(seed | 1) // it would stay at 0
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dashinfer_kernels::to_f32;
+
+    use super::*;
+    use crate::shapes;
+
+    fn moments(bytes: &[u8]) -> (f32, f32) {
+        let values = to_f32(bytes, DType::BF16);
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f32>() / values.len() as f32;
+        (mean, variance.sqrt())
+    }
+
+    #[test]
+    fn weights_are_normal_ish_and_norms_are_near_one() {
+        let weights = RandomWeights::new(&shapes::named("qwen2.5-0.5b").unwrap(), 7);
+        let (mean, deviation) = moments(&weights.read("model.layers.3.mlp.up_proj.weight").unwrap());
+        assert!(mean.abs() < 1e-3 && (0.018..0.022).contains(&deviation), "{mean} {deviation}");
+        let (mean, deviation) = moments(&weights.read("model.norm.weight").unwrap());
+        assert!((0.99..1.01).contains(&mean) && deviation < 0.03, "{mean} {deviation}");
+    }
+
+    #[test]
+    fn the_seed_and_the_name_decide() {
+        let spec = shapes::named("qwen2.5-0.5b").unwrap();
+        let read = |seed, name| RandomWeights::new(&spec, seed).read(name).unwrap().into_owned();
+        let (one, two) = ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight");
+        assert!(read(1, one) == read(1, one));
+        assert!(read(1, one) != read(2, one));
+        assert!(read(1, one) != read(1, two));
+        assert_eq!(RandomWeights::new(&spec, 1).read("lm_head.weight"), None, "tied");
+    }
+}

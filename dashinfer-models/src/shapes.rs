@@ -1,0 +1,45 @@
+//! Published shapes by name, for benchmarks with [random weights](crate::RandomWeights).
+
+use serde_json::json;
+
+use crate::{HfConfig, ModelSpec};
+
+/// Name, hidden size, layers, query heads, key/value heads, MLP size, vocabulary, tied; from the models' pages on the hub.
+type Qwen2Shape = (&'static str, usize, usize, usize, usize, usize, usize, bool);
+
+const QWEN2_5: &[Qwen2Shape] = &[
+    ("qwen2.5-0.5b", 896, 24, 14, 2, 4864, 151_936, true),
+    ("qwen2.5-1.5b", 1536, 28, 12, 2, 8960, 151_936, true),
+    ("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152_064, false),
+];
+
+/// The names that [`named`] knows.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    QWEN2_5.iter().map(|shape| shape.0)
+}
+
+/// The published shape of this name.
+#[must_use]
+pub fn named(name: &str) -> Option<ModelSpec> {
+    let &(_, hidden, layers, heads, kv_heads, mlp, vocab, tied) = QWEN2_5.iter().find(|shape| shape.0 == name)?;
+    let config = json!({
+        "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab,
+        "tie_word_embeddings": tied, "max_position_embeddings": 32768, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6,
+        "torch_dtype": "bfloat16"
+    });
+    let config = HfConfig::parse(&config.to_string()).expect("it was JSON a line ago");
+    Some(config.to_spec().expect("the table holds published models"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_is_sound_and_of_its_published_size() {
+        let sizes: Vec<_> = names().map(|name| named(name).unwrap().num_parameters()).collect();
+        assert_eq!(sizes, [494_032_768, 1_543_714_304, 7_615_616_512]);
+        assert_eq!(named("gpt-2"), None);
+    }
+}

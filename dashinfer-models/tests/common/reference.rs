@@ -1,0 +1,261 @@
+//! A second opinion: every operator as a plain loop over `f32`, written from the contract alone.
+//!
+//! It is slow and shares no code with a real backend, so that the goldens judge the decoder by itself.
+
+use dashinfer_kernels::{
+    AttentionParams, Backend, DType, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
+    SampleRow, Sampled, to_f32,
+};
+
+#[derive(Debug, Default)]
+pub(crate) struct Reference {
+    batch: PagedBatch,
+    ropes: Vec<Rope>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Matrix {
+    rows: usize,
+    cols: usize,
+    data: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+/// A tensor that remembers how many rows it was made for: a step that needs more is the decoder's mistake.
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    max_rows: usize,
+    cols: usize,
+    data: Vec<f32>,
+}
+
+/// `[layer][slot]`: key and value of all heads; `None` until written.
+#[derive(Debug)]
+pub(crate) struct Cache {
+    block_size: usize,
+    layers: Vec<Vec<Option<(Vec<f32>, Vec<f32>)>>>,
+}
+
+fn check(op: &'static str, what: &'static str, wanted: usize, found: usize) -> Result<(), KernelError> {
+    if wanted == found { Ok(()) } else { Err(KernelError::Shape { op, what, wanted, found }) }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn normed(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    x.iter().zip(weight).map(|(x, w)| x * scale * w).collect()
+}
+
+impl Tensor {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.cols..][..self.cols]
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &[f32]> {
+        self.data.chunks_exact(self.cols)
+    }
+
+    fn set<R: AsRef<[f32]>>(&mut self, op: &'static str, rows: impl Iterator<Item = R>) -> Result<(), KernelError> {
+        self.data.clear();
+        for row in rows {
+            check(op, "columns of out", row.as_ref().len(), self.cols)?;
+            self.data.extend_from_slice(row.as_ref());
+        }
+        if self.data.len() > self.max_rows * self.cols {
+            return Err(KernelError::Shape {
+                op,
+                what: "rows of out, at most",
+                wanted: self.max_rows,
+                found: self.data.len() / self.cols,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn rotate(head: &mut [f32], rope: &Rope, position: u32) {
+    let half = rope.inv_freq.len();
+    for (pair, freq) in rope.inv_freq.iter().enumerate() {
+        let (sin, cos) = (position as f32 * freq).sin_cos();
+        let (i, j) = match rope.pairs {
+            RopePairs::Halves => (pair, pair + half),
+            RopePairs::Interleaved => (2 * pair, 2 * pair + 1),
+        };
+        let (a, b) = (head[i], head[j]);
+        head[i] = (a * cos - b * sin) * rope.scale;
+        head[j] = (b * cos + a * sin) * rope.scale;
+    }
+}
+
+impl Backend for Reference {
+    type Tensor = Tensor;
+    type Vector = Vec<f32>;
+    type Linear = Matrix;
+    type KvCache = Cache;
+
+    fn name(&self) -> &'static str {
+        "reference"
+    }
+
+    fn tensor(&self, max_rows: usize, cols: usize) -> Result<Tensor, KernelError> {
+        Ok(Tensor { max_rows, cols, data: Vec::new() })
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Vec<f32>, KernelError> {
+        Ok(values.to_vec())
+    }
+
+    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<Matrix, KernelError> {
+        let (cols, dtype) = (parts[0].cols, parts[0].dtype);
+        let mut matrix = Matrix { rows: 0, cols, data: Vec::new(), bias: bias.map(<[f32]>::to_vec) };
+        for part in parts {
+            check("pack", "columns", cols, part.cols)?;
+            check("pack", "bytes of an element", dtype.size_bytes(), part.dtype.size_bytes())?;
+            check("pack", "bytes", part.rows * cols * dtype.size_bytes(), part.bytes.len())?;
+            matrix.rows += part.rows;
+            matrix.data.extend(to_f32(part.bytes, part.dtype));
+        }
+        check("pack", "bias", matrix.rows, bias.map_or(matrix.rows, <[f32]>::len))?;
+        Ok(matrix)
+    }
+
+    fn packed_bytes(&self, rows: usize, cols: usize, _: DType) -> usize {
+        rows * cols * size_of::<f32>()
+    }
+
+    fn kv_cache(&self, spec: &KvCacheSpec) -> Result<Cache, KernelError> {
+        let slots = vec![None; spec.num_blocks * spec.block_size];
+        Ok(Cache { block_size: spec.block_size, layers: vec![slots; spec.num_layers] })
+    }
+
+    fn begin_step(&mut self, batch: &PagedBatch, ropes: &[Rope]) -> Result<(), KernelError> {
+        self.batch = batch.clone();
+        self.ropes = ropes.to_vec();
+        Ok(())
+    }
+
+    fn embed(&mut self, out: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<(), KernelError> {
+        out.set("embed", ids.iter().map(|id| &table.data[*id as usize * table.cols..][..table.cols]))
+    }
+
+    fn rms_norm(&mut self, out: &mut Tensor, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<(), KernelError> {
+        check("rms_norm", "weight", x.cols, weight.len())?;
+        out.set("rms_norm", x.rows().map(|row| normed(row, weight, eps)))
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        out: &mut Tensor,
+        residual: &mut Tensor,
+        x: &Tensor,
+        weight: &Vec<f32>,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        check("add_rms_norm", "values of x", residual.data.len(), x.data.len())?;
+        residual.data.iter_mut().zip(&x.data).for_each(|(r, x)| *r += x);
+        self.rms_norm(out, residual, weight, eps)
+    }
+
+    fn linear(&mut self, out: &mut Tensor, x: &Tensor, weight: &Matrix) -> Result<(), KernelError> {
+        check("linear", "columns of x", weight.cols, x.cols)?;
+        check("linear", "columns of out", weight.rows, out.cols)?;
+        let rows = x.rows().map(|x| -> Vec<f32> {
+            let bias = |n: usize| weight.bias.as_ref().map_or(0.0, |bias| bias[n]);
+            (0..weight.rows).map(|n| dot(x, &weight.data[n * x.len()..][..x.len()]) + bias(n)).collect()
+        });
+        out.set("linear", rows)
+    }
+
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut Tensor,
+        cache: &mut Cache,
+        layer: usize,
+        params: &AttentionParams,
+        rope: usize,
+        qk_norm: Option<QkNorm<'_, Vec<f32>>>,
+    ) -> Result<(), KernelError> {
+        let AttentionParams { num_heads, num_kv_heads, head_dim, .. } = *params;
+        check("rope_and_cache", "columns", (num_heads + 2 * num_kv_heads) * head_dim, qkv.cols)?;
+        check("rope_and_cache", "rows", self.batch.positions.len() * qkv.cols, qkv.data.len())?;
+        for (row, values) in qkv.data.chunks_exact_mut(qkv.cols).enumerate() {
+            for (index, head) in values.chunks_exact_mut(head_dim).take(num_heads + num_kv_heads).enumerate() {
+                if let Some(norm) = &qk_norm {
+                    let weight = if index < num_heads { norm.q } else { norm.k };
+                    head.copy_from_slice(&normed(head, weight, norm.eps));
+                }
+                rotate(head, &self.ropes[rope], self.batch.positions[row]);
+            }
+            let (key, value) = values[num_heads * head_dim..].split_at(num_kv_heads * head_dim);
+            cache.layers[layer][self.batch.slots[row] as usize] = Some((key.to_vec(), value.to_vec()));
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        out: &mut Tensor,
+        qkv: &Tensor,
+        cache: &Cache,
+        layer: usize,
+        params: &AttentionParams,
+    ) -> Result<(), KernelError> {
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window } = *params;
+        let mut rows = Vec::new();
+        for sequence in &self.batch.sequences {
+            let blocks = &self.batch.block_table[sequence.first_block..][..sequence.num_blocks];
+            let cached = |position: usize| {
+                let slot =
+                    blocks[position / cache.block_size] as usize * cache.block_size + position % cache.block_size;
+                cache.layers[layer][slot].as_ref().expect("every position of the context was written")
+            };
+            for i in 0..sequence.num_rows {
+                let position = sequence.context_len - sequence.num_rows + i;
+                let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+                let mut row = vec![0.0; num_heads * head_dim];
+                for (head, out) in row.chunks_exact_mut(head_dim).enumerate() {
+                    let q = &qkv.row(sequence.first_row + i)[head * head_dim..][..head_dim];
+                    let at = head / (num_heads / num_kv_heads) * head_dim..;
+                    let scores = (first..=position).map(|p| scale * dot(q, &cached(p).0[at.clone()][..head_dim]));
+                    let scores: Vec<f32> = scores.collect();
+                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let total: f32 = scores.iter().map(|score| (score - max).exp()).sum();
+                    for (p, score) in (first..=position).zip(&scores) {
+                        let share = (score - max).exp() / total;
+                        out.iter_mut().zip(&cached(p).1[at.clone()]).for_each(|(out, v)| *out += share * v);
+                    }
+                }
+                rows.push(row);
+            }
+        }
+        out.set("attention", rows.iter())
+    }
+
+    fn silu_mul(&mut self, out: &mut Tensor, x: &Tensor) -> Result<(), KernelError> {
+        let rows = x.rows().map(|row| -> Vec<f32> {
+            let (gate, up) = row.split_at(row.len() / 2);
+            gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+        });
+        out.set("silu_mul", rows)
+    }
+
+    fn gather_rows(&mut self, out: &mut Tensor, x: &Tensor, rows: &[u32]) -> Result<(), KernelError> {
+        out.set("gather_rows", rows.iter().map(|row| x.row(*row as usize)))
+    }
+
+    fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError> {
+        let pick = |row: &SampleRow<'_>| {
+            let row = logits.row(row.logits_row);
+            let best = (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).expect("a vocabulary is not empty");
+            Sampled { id: best as u32, ..Sampled::default() }
+        };
+        Ok(rows.iter().map(pick).collect())
+    }
+
+    fn read_row(&self, x: &Tensor, row: usize) -> Result<Vec<f32>, KernelError> {
+        Ok(x.row(row).to_vec())
+    }
+}

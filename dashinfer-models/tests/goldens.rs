@@ -1,0 +1,268 @@
+//! The decoder against `transformers`: tiny checkpoints of every family, with the outputs of the reference.
+//!
+//! `goldens/README.md` says where the numbers come from and why the bounds are what they are. Each case runs whole, in
+//! chunks, token by token, and in one batch; the bounds are the same. Every folder in `goldens` is a case.
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use common::{
+    reference::Reference,
+    sequences::{Runner, Wanted},
+};
+use dashinfer_kernels::{Backend, DType};
+use dashinfer_models::{Checkpoint, Decoder, ModelSpec, StepLimits};
+use safetensors::SafeTensors;
+
+/// Bounds of a path that computes in f32, in units of the largest logit of the case.
+const LOGITS: f32 = 2e-3;
+const MARGIN: f32 = 4e-3;
+
+struct Case {
+    folder: PathBuf,
+    /// The largest logit.
+    scale: f32,
+    prompts: Vec<Prompt>,
+    /// `[L + 1, T, E]` of the first prompt.
+    hidden_states: Vec<f32>,
+}
+
+struct Prompt {
+    ids: Vec<u32>,
+    /// `[T][V]`
+    logits: Vec<Vec<f32>>,
+    greedy_ids: Vec<u32>,
+    greedy_margins: Vec<f32>,
+}
+
+fn cases() -> Vec<Case> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
+    folders.sort();
+    assert!(!folders.is_empty(), "there are no goldens");
+    folders.into_iter().map(Case::read).collect()
+}
+
+impl Case {
+    fn read(folder: PathBuf) -> Self {
+        let meta: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("meta.json")).unwrap()).unwrap();
+        let scale = meta["max_abs_logit"].as_f64().unwrap() as f32;
+        let bytes = fs::read(folder.join("expected.safetensors")).unwrap();
+        let expected = SafeTensors::deserialize(&bytes).unwrap();
+        let floats = |name: &str| dashinfer_kernels::to_f32(expected.tensor(name).unwrap().data(), DType::F32);
+        let ids = |name: &str| -> Vec<u32> {
+            let data = expected.tensor(name).unwrap().data();
+            data.chunks_exact(8).map(|id| i64::from_le_bytes(id.try_into().unwrap()).try_into().unwrap()).collect()
+        };
+        let prompts = (0..)
+            .take_while(|i| expected.tensor(&format!("prompt_{i}_ids")).is_ok())
+            .map(|i| {
+                let ids_of_prompt = ids(&format!("prompt_{i}_ids"));
+                let logits = floats(&format!("prompt_{i}_logits"));
+                let vocab = logits.len() / ids_of_prompt.len();
+                Prompt {
+                    ids: ids_of_prompt,
+                    logits: logits.chunks_exact(vocab).map(<[f32]>::to_vec).collect(),
+                    greedy_ids: ids(&format!("prompt_{i}_greedy_ids")),
+                    greedy_margins: floats(&format!("prompt_{i}_greedy_margins")),
+                }
+            })
+            .collect::<Vec<_>>();
+        assert!(!prompts.is_empty(), "{} has no prompts", folder.display());
+        Self { scale, prompts, hidden_states: floats("prompt_0_hidden_states"), folder }
+    }
+
+    fn name(&self) -> String {
+        self.folder.file_name().unwrap().to_string_lossy().into_owned()
+    }
+
+    fn load<B: Backend>(&self, backend: B) -> Decoder<B> {
+        let spec = ModelSpec::read(&self.folder).unwrap();
+        let mut checkpoint = Checkpoint::open(&self.folder).unwrap();
+        let limits = StepLimits { max_tokens: 512, max_logit_rows: 512 };
+        Decoder::load(backend, spec, &mut checkpoint, limits, &mut |_| ()).unwrap()
+    }
+
+    #[track_caller]
+    fn assert_close(&self, found: &[f32], wanted: &[f32], what: &str) {
+        self.assert_within(found, wanted, LOGITS * self.scale, what);
+    }
+
+    #[track_caller]
+    fn assert_within(&self, found: &[f32], wanted: &[f32], bound: f32, what: &str) {
+        assert_eq!(found.len(), wanted.len(), "{}: {what}", self.name());
+        let worst = found
+            .iter()
+            .zip(wanted)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, |worst: f32, diff| if diff.is_nan() { f32::INFINITY } else { worst.max(diff) });
+        assert!(worst <= bound, "{}: {what} is off by {worst}, the bound is {bound}", self.name());
+    }
+
+    #[track_caller]
+    fn assert_greedy(&self, prompt: &Prompt, step: usize, logits: &[f32]) {
+        if prompt.greedy_margins[step] > MARGIN * self.scale {
+            let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+            assert_eq!(best as u32, prompt.greedy_ids[step], "{}: greedy token {step}", self.name());
+        }
+    }
+}
+
+/// Every prompt in chunks of `chunk` tokens.
+fn check_chunked<B: Backend>(backend: fn() -> B, chunk: usize) {
+    for case in cases() {
+        let mut decoder = case.load(backend());
+        for (number, prompt) in case.prompts.iter().enumerate() {
+            let mut runner = Runner::new(&mut decoder, 1);
+            let mut wanted = prompt.logits.iter();
+            for ids in prompt.ids.chunks(chunk) {
+                for (found, wanted) in runner.step(&[(0, ids)], Wanted::All).iter().zip(&mut wanted) {
+                    case.assert_close(found, wanted, &format!("prompt {number} in chunks of {chunk}"));
+                }
+            }
+            assert_eq!(wanted.count(), 0);
+        }
+    }
+}
+
+/// Logits of the last row alone, of none at all in earlier chunks: what an engine asks for.
+fn check_last_rows<B: Backend>(backend: fn() -> B) {
+    for case in cases() {
+        let mut decoder = case.load(backend());
+        for prompt in &case.prompts {
+            let mut runner = Runner::new(&mut decoder, 1);
+            let (head, tail) = prompt.ids.split_at(prompt.ids.len() / 2);
+            assert!(runner.step(&[(0, head)], Wanted::None).is_empty());
+            let found = runner.step(&[(0, tail)], Wanted::LastOfEach);
+            assert_eq!(found.len(), 1);
+            case.assert_close(&found[0], prompt.logits.last().unwrap(), "the last row");
+        }
+    }
+}
+
+/// All prompts of a case in one step, then decoded together, fed the recorded tokens.
+fn check_batched<B: Backend>(backend: fn() -> B) {
+    for case in cases() {
+        let mut decoder = case.load(backend());
+        let mut runner = Runner::new(&mut decoder, case.prompts.len());
+        let runs: Vec<_> = case.prompts.iter().map(|prompt| &prompt.ids[..]).enumerate().collect();
+        let rows = runner.step(&runs, Wanted::All);
+        let wanted: Vec<_> = case.prompts.iter().flat_map(|prompt| &prompt.logits).collect();
+        assert_eq!(rows.len(), wanted.len());
+        for (found, wanted) in rows.iter().zip(wanted) {
+            case.assert_close(found, wanted, "a prompt in the batch of all");
+        }
+        for step in 1..case.prompts[0].greedy_ids.len() {
+            let runs = case.prompts.iter().map(|prompt| &prompt.greedy_ids[step - 1..step]).enumerate();
+            let rows = runner.step(&runs.collect::<Vec<_>>(), Wanted::LastOfEach);
+            for (prompt, logits) in case.prompts.iter().zip(&rows) {
+                case.assert_greedy(prompt, step, logits);
+            }
+        }
+    }
+}
+
+/// Each prompt alone, then its continuation, fed the recorded tokens.
+fn check_greedy<B: Backend>(backend: fn() -> B) {
+    for case in cases() {
+        let mut decoder = case.load(backend());
+        for prompt in &case.prompts {
+            let mut runner = Runner::new(&mut decoder, 1);
+            let mut run = &prompt.ids[..];
+            for step in 0..prompt.greedy_ids.len() {
+                let rows = runner.step(&[(0, run)], Wanted::LastOfEach);
+                case.assert_greedy(prompt, step, &rows[0]);
+                run = &prompt.greedy_ids[step..=step];
+            }
+        }
+    }
+}
+
+/// A prefill chunk beside a decode, as a scheduler mixes them.
+fn check_mixed<B: Backend>(backend: fn() -> B) {
+    for case in cases() {
+        let mut decoder = case.load(backend());
+        let mut runner = Runner::new(&mut decoder, 2);
+        let [first, .., second] = &case.prompts[..] else { panic!("{} has less than two prompts", case.name()) };
+        runner.step(&[(0, &first.ids)], Wanted::None);
+        let mut wanted = second.logits.iter();
+        for (step, chunk) in second.ids.chunks(9).enumerate().take(first.greedy_ids.len() - 1) {
+            let rows = runner.step(&[(1, chunk), (0, &first.greedy_ids[step..=step])], Wanted::All);
+            let (decode, prefill) = rows.split_last().unwrap();
+            case.assert_greedy(first, step + 1, decode);
+            for (found, wanted) in prefill.iter().zip(&mut wanted) {
+                case.assert_close(found, wanted, "a chunk beside a decode");
+            }
+        }
+    }
+}
+
+/// Hidden states grow to many times the logits' bound allows; they are judged by their own largest value.
+fn check_hidden_states<B: Backend>(backend: fn() -> B) {
+    for case in cases() {
+        let mut decoder = case.load(backend());
+        let found = Runner::new(&mut decoder, 1).hidden_states(&case.prompts[0].ids);
+        assert_eq!(found.len(), decoder.spec().num_layers() + 1);
+        let size = case.hidden_states.len() / found.len();
+        for (layer, (found, wanted)) in found.iter().zip(case.hidden_states.chunks_exact(size)).enumerate() {
+            let largest = wanted.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+            case.assert_within(&found.concat(), wanted, LOGITS * largest, &format!("hidden state {layer}"));
+        }
+    }
+}
+
+/// All laws for one backend that computes in f32.
+macro_rules! goldens {
+    ($module:ident, $backend:expr) => {
+        mod $module {
+            use super::*;
+
+            #[test]
+            fn whole() {
+                check_chunked($backend, usize::MAX);
+            }
+
+            #[test]
+            fn in_chunks() {
+                check_chunked($backend, 7);
+            }
+
+            #[test]
+            fn token_by_token() {
+                check_chunked($backend, 1);
+            }
+
+            #[test]
+            fn last_rows_alone() {
+                check_last_rows($backend);
+            }
+
+            #[test]
+            fn all_prompts_in_one_batch() {
+                check_batched($backend);
+            }
+
+            #[test]
+            fn greedy_continuations() {
+                check_greedy($backend);
+            }
+
+            #[test]
+            fn prefill_beside_decode() {
+                check_mixed($backend);
+            }
+
+            #[test]
+            fn hidden_states() {
+                check_hidden_states($backend);
+            }
+        }
+    };
+}
+
+goldens!(reference, Reference::default);
