@@ -13,4 +13,4 @@ pub use backend::{
 };
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
-pub use sample::{SampleParams, SampleRow, Sampled};
+pub use sample::{SampleParams, SampleRow, SampleScratch, Sampled, sample_row};
