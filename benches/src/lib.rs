@@ -1,1 +1,4 @@
-//! Benchmarks of dashinfer.
+//! Benchmarks of dashinfer, and what they compare with: the limits of the machine and the memory of the process.
+
+pub mod machine;
+pub mod rss;

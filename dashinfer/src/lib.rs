@@ -3,6 +3,7 @@
 mod error;
 mod output;
 mod request;
+mod scheduler;
 mod text;
 
 pub use error::Error;
