@@ -23,13 +23,8 @@ pub(super) fn draw(logits: &[f32], max: f32, params: &SampleParams, u: f64, scra
     if top_k.is_some() { likely.ids[index] } else { index as u32 }
 }
 
-<<<<<<< HEAD
-/// The first index at which the running sum of the weights that are at least `lowest` passes `u` of their total. At least
-/// one is.
-=======
 /// The first index at which the running sum of the weights that are at least `lowest` passes `u` of their total.
 /// One weight at least is not below `lowest`.
->>>>>>> misc
 fn pick(weights: &[f32], lowest: f32, u: f64) -> usize {
     let mass = |block: &[f32]| softmax::sum(block, |w| if w >= lowest { w } else { 0.0 });
     let wanted = u * weights.chunks(BLOCK).map(mass).sum::<f64>();

@@ -2,13 +2,8 @@
 
 use super::SampleRow;
 
-<<<<<<< HEAD
-/// Applies, in this order: logit bias, repetition penalty, frequency penalty, presence penalty, bans. Only the logits of
-/// tokens that these name are touched.
-=======
 /// Applies, in this order: logit bias, repetition penalty, frequency penalty, presence penalty, bans. Only the logits
 /// of tokens that these name are touched.
->>>>>>> misc
 ///
 /// `seen`: one entry per logit, all 0, and 0 again afterwards. The cost is that of the lists, not of the vocabulary.
 /// Ids beyond the row are ignored.

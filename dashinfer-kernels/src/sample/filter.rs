@@ -17,21 +17,12 @@ pub(super) struct Likely {
 }
 
 impl Likely {
-<<<<<<< HEAD
-    /// Keeps the tokens whose logits are at least the `k`-th largest of `row`: `k` of them, more if several share that value,
-    /// fewer if not so many are above -∞. `k`: at least 1.
-    pub(super) fn find(&mut self, row: &[f32], k: usize) {
-        softmax::block_maxima(row, &mut self.maxima);
-        // The k-th largest maximum is a lower bound: k blocks have a value that large. With more blocks than k, few values
-        // outside of k blocks reach it.
-=======
     /// Keeps the tokens whose logits are at least the `k`-th largest of `row`: `k` of them, more if several share that
     /// value, fewer if not so many are above -∞. `k`: at least 1.
     pub(super) fn find(&mut self, row: &[f32], k: usize) {
         softmax::block_maxima(row, &mut self.maxima);
         // The k-th largest maximum is a lower bound: k blocks have a value that large. No other block has, but for ties,
         // so few values are looked at. With fewer blocks than k, all are.
->>>>>>> misc
         let bound = nth_largest(&self.maxima, k, &mut self.values).unwrap_or(f32::NEG_INFINITY);
         self.ids.clear();
         self.logits.clear();
@@ -89,12 +80,8 @@ pub(super) fn lowest_weight(params: &SampleParams, weights: &[f32], nucleus: &mu
 /// What a search for the nucleus needs: a histogram of the weights by size.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Nucleus {
-<<<<<<< HEAD
-    /// The mass of each bucket, in four sums: neighbours often share a bucket, and would wait for each other's addition.
-=======
     /// The mass of each bucket, in four sums: neighbours often share a bucket, and would wait for each other's
     /// addition.
->>>>>>> misc
     buckets: Vec<[f64; 4]>,
     /// The weights of one bucket.
     values: Vec<f32>,
@@ -111,13 +98,8 @@ impl Nucleus {
 
     /// The weight of the last token of the nucleus: the fewest largest weights that sum to at least `p` of all.
     ///
-<<<<<<< HEAD
-    /// One pass finds the bucket that holds it, however flat the distribution is. A quickselect among all weights took four
-    /// times as long on a row of 152k.
-=======
     /// One pass finds the bucket that holds it, however flat the distribution is. A quickselect among all weights took
     /// four times as long on a row of 152k.
->>>>>>> misc
     fn find(&mut self, weights: &[f32], p: f64) -> f32 {
         self.buckets.clear();
         self.buckets.resize(Self::NUM_BUCKETS, [0.0; 4]);
@@ -144,13 +126,8 @@ impl Nucleus {
     }
 }
 
-<<<<<<< HEAD
-/// The smallest of the fewest largest `weights` that sum to at least `wanted`; the largest if nothing is wanted, the smallest if
-/// all are not enough (when `wanted` is their sum but for rounding). A quickselect by mass instead of rank.
-=======
 /// The smallest of the fewest largest `weights` that sum to at least `wanted`; the largest if nothing is wanted, the
 /// smallest if all are not enough (when `wanted` is their sum but for rounding). A quickselect by mass instead of rank.
->>>>>>> misc
 fn last_of_mass(weights: &mut [f32], wanted: f64) -> f32 {
     let (mut rest, mut wanted, mut last) = (weights, wanted, 0.0);
     while !rest.is_empty() {
@@ -183,12 +160,8 @@ mod tests {
         (0..row.len() as u32).filter(|&id| row[id as usize] >= threshold).collect()
     }
 
-<<<<<<< HEAD
-    /// What `lowest_weight` keeps, by sorting in `f64`; `None` if a sum comes so close to `top_p` that rounding decides.
-=======
     /// What `lowest_weight` keeps, by sorting in `f64`; `None` if a sum comes so close to `top_p` that rounding
     /// decides.
->>>>>>> misc
     fn top_p_then_min_p_by_sort(row: &[f32], temperature: f32, top_p: f32, min_p: f32) -> Option<Vec<u32>> {
         let max = f64::from(softmax::max(row));
         let weight = |x: f32| ((f64::from(x) - max) / f64::from(temperature)).exp();

@@ -1,14 +1,8 @@
 //! Picking a token from a row of logits.
 //!
-<<<<<<< HEAD
-//! [`sample_row`] is the CPU's sampler and the definition for every other one. A sort of 150,000 logits would take longer than
-//! all that it does: top-k looks only into the blocks of the row whose maximum can matter, and top-p sums the weights in
-//! buckets by size.
-=======
 //! [`sample_row`] is the CPU's sampler and the definition for every other one. A sort of 150,000 logits would take
 //! longer than all that it does: top-k looks only into the blocks of the row whose maximum can matter, and top-p sums
 //! the weights in buckets by size.
->>>>>>> misc
 
 mod draw;
 mod edit;
@@ -29,12 +23,8 @@ pub struct SampleParams {
     pub top_p: f32,
     /// Keep tokens at least this likely relative to the most likely one; 0 keeps all.
     pub min_p: f32,
-<<<<<<< HEAD
-    /// Divides positive logits of tokens seen in prompt or output, multiplies negative ones; 1 is off. <https://arxiv.org/abs/1909.05858>
-=======
     /// Divides positive logits of tokens seen in prompt or output, multiplies negative ones; 1 is off.
     /// <https://arxiv.org/abs/1909.05858>
->>>>>>> misc
     pub repetition_penalty: f32,
     /// Subtracted once from the logit of every token in the output; 0 is off.
     pub presence_penalty: f32,
@@ -93,13 +83,8 @@ pub struct Sampled {
     pub top: Vec<(u32, f32)>,
 }
 
-<<<<<<< HEAD
-/// Memory that [`sample_row`] reuses: it grows to the vocabulary once, after which a token allocates nothing but the list
-/// of alternatives that it reports. One scratch serves any number of rows and requests, one at a time.
-=======
 /// Memory that [`sample_row`] reuses: it grows to the vocabulary once, after which a token allocates nothing but the
 /// list of alternatives that it reports. One scratch serves any number of rows and requests, one at a time.
->>>>>>> misc
 #[derive(Debug, Clone, Default)]
 pub struct SampleScratch {
     /// How often each token was seen; all 0 between uses.
@@ -127,15 +112,6 @@ impl SampleScratch {
 /// 2. Logit bias, repetition penalty, frequency penalty, presence penalty (vLLM's order), and the bans last, so that
 ///    nothing undoes them. Only the logits that these name are overwritten.
 /// 3. A greedy request takes the largest logit, the lowest id of a tie.
-<<<<<<< HEAD
-/// 4. Temperature, then top-k, then top-p on what top-k left, then min-p. (transformers and SGLang have this order; vLLM has
-///    min-p before top-p, which differs if both are set.) Each filter is a threshold: what ties with the last token kept
-///    is kept too.
-/// 5. One number in `0.0..1.0`, a function of seed and position, picks from the kept tokens in the order of their ids.
-///
-/// `NaN` is never picked, and +∞ counts as `f32::MAX`. If no logit is above -∞, the lowest id that is not banned is picked,
-/// or 0 if there is none. The result depends on `logits` and `row` alone.
-=======
 /// 4. Temperature, then top-k, then top-p on what top-k left, then min-p. (transformers and SGLang have this order;
 ///    vLLM has min-p before top-p, which differs if both are set.) Each filter is a threshold: what ties with the last
 ///    token kept is kept too.
@@ -143,7 +119,6 @@ impl SampleScratch {
 ///
 /// `NaN` is never picked, and +∞ counts as `f32::MAX`. If no logit is above -∞, the lowest id that is not banned is
 /// picked, or 0 if there is none. The result depends on `logits` and `row` alone.
->>>>>>> misc
 pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut SampleScratch) -> Sampled {
     let params = row.params;
     let model = params.logprobs.map(|num_top| {

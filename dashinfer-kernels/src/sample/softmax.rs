@@ -1,14 +1,8 @@
 //! The passes over a whole row: its maximum, exponentials and sums.
 //!
-<<<<<<< HEAD
-//! A row has up to some 150,000 logits, so each pass is a loop without branches over fixed chunks, which the compiler turns
-//! into vector code. Sums have a fixed number of lanes, each in `f64`: the same row gives the same bits on every machine.
-//! `NaN` and -∞ have no probability; +∞ counts as `f32::MAX`.
-=======
 //! A row has up to some 150,000 logits, so each pass is a loop without branches over fixed chunks, which the compiler
 //! turns into vector code. Sums have a fixed number of lanes, each in `f64`: the same row gives the same bits on every
 //! machine. `NaN` and -∞ have no probability; +∞ counts as `f32::MAX`.
->>>>>>> misc
 
 /// Logits that share one entry of [`block_maxima`], and weights that are summed before they are compared.
 pub(super) const BLOCK: usize = 64;
@@ -26,12 +20,8 @@ pub(super) fn max(values: &[f32]) -> f32 {
     lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &x| larger(m, x))
 }
 
-<<<<<<< HEAD
-/// `x` if it is larger; so never a `NaN`, if `m` is none. (`f32::max` orders its operands the other way, and is slower.)
-=======
 /// `x` if it is larger; so never a `NaN`, if `m` is none. (`f32::max` orders its operands the other way, and is
 /// slower.)
->>>>>>> misc
 #[inline]
 fn larger(m: f32, x: f32) -> f32 {
     if x > m { x } else { m }
@@ -111,19 +101,11 @@ pub(super) fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     lanes.iter().sum()
 }
 
-<<<<<<< HEAD
-/// `exp(x)` for `x <= 0`, with a relative error below 2e-7; 1 for 0, and 0 for what is below the smallest normal number and
-/// for `NaN`.
-///
-/// `x = n·ln 2 + r` with `|r| <= ln 2 / 2`, a polynomial in `r` (the coefficients of Cephes' `expf`), and `n` put into the
-/// exponent. It stands here because the standard library's is a call per value, and differs between platforms.
-=======
 /// `exp(x)` for `x <= 0`, with a relative error below 2e-7; 1 for 0, and 0 for what is below the smallest normal number
 /// and for `NaN`.
 ///
 /// `x = n·ln 2 + r` with `|r| <= ln 2 / 2`, a polynomial in `r` (the coefficients of Cephes' `expf`), and `n` put into
 /// the exponent. It stands here because the standard library's is a call per value, and differs between platforms.
->>>>>>> misc
 #[inline]
 fn exp(x: f32) -> f32 {
     /// `ln(f32::MIN_POSITIVE)`, rounded up.
