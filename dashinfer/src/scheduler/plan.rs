@@ -1,0 +1,62 @@
+//! What a step computes: the plan, and the one line of it that each sequence gets.
+
+use super::SeqId;
+
+/// One sequence's share of a step: tokens `start..start + len` of it are to be computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Work {
+    /// Whose tokens these are.
+    pub(crate) seq: SeqId,
+    /// Position of the first of them, which is how many are computed already.
+    pub(crate) start: usize,
+    /// How many; at least one.
+    pub(crate) len: usize,
+    /// Whether the last of them is the last that is known, so that its logits give the next token.
+    pub(crate) samples: bool,
+}
+
+/// The work of one step, decodes first, each sequence at most once. Its buffer lives on from step to step.
+#[derive(Debug, Default)]
+pub(crate) struct StepPlan {
+    /// Who computes what, in the order of the batch.
+    pub(crate) work: Vec<Work>,
+    /// Tokens in all of [`work`](Self::work); at most the token budget.
+    pub(crate) num_tokens: usize,
+    max_tokens: usize,
+    max_work: usize,
+}
+
+impl StepPlan {
+    /// An empty plan of at most `max_tokens` tokens of at most `max_work` sequences.
+    pub(super) fn new(max_tokens: usize, max_work: usize) -> Self {
+        Self { work: Vec::new(), num_tokens: 0, max_tokens, max_work }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.work.clear();
+        self.num_tokens = 0;
+    }
+
+    /// Tokens left of the budget.
+    pub(super) fn tokens_left(&self) -> usize {
+        self.max_tokens - self.num_tokens
+    }
+
+    /// The most tokens that one more sequence can get; none when there are as many sequences as may be.
+    pub(super) fn room(&self) -> usize {
+        if self.work.len() < self.max_work { self.tokens_left() } else { 0 }
+    }
+
+    pub(super) fn push(&mut self, work: Work) {
+        debug_assert!((1..=self.room()).contains(&work.len), "{work:?} exceeds the plan's room of {}", self.room());
+        self.num_tokens += work.len;
+        self.work.push(work);
+    }
+
+    /// Takes back the work of `seq`, if it had any.
+    pub(super) fn remove(&mut self, seq: SeqId) {
+        if let Some(i) = self.work.iter().position(|work| work.seq == seq) {
+            self.num_tokens -= self.work.remove(i).len;
+        }
+    }
+}
