@@ -1,6 +1,13 @@
 //! The SDK's error.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use dashinfer_kernels::KernelError;
+use dashinfer_models::{CheckpointError, ConfigError, ForwardError, LoadError, WeightsError};
+
 use crate::request::RequestError;
+use crate::scheduler::SchedulerError;
 use crate::text::{TemplateError, TokenizerError};
 
 /// Why the SDK could not do what it was asked.
@@ -27,6 +34,108 @@ pub enum Error {
     /// The engine was shut down.
     #[error("the engine has shut down")]
     Closed,
+    /// There is no such folder.
+    #[error("there is no model folder {path}{hint}")]
+    NoSuchModel {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What may have been meant.
+        hint: &'static str,
+    },
+    /// The config describes no model that can be run.
+    #[error(transparent)]
+    Config(Arc<ConfigError>),
+    /// The files of weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(Arc<CheckpointError>),
+    /// The weights are not those that the config describes.
+    #[error(transparent)]
+    Weights(Arc<WeightsError>),
+    /// The memory limit leaves no room for one sequence.
+    #[error(
+        "a memory limit of {limit} bytes is too small: {needed} are needed, {fixed} for weights and activations and the rest \
+         for one sequence of {context} tokens (a smaller context needs less)"
+    )]
+    MemoryLimit {
+        /// What may be taken.
+        limit: u64,
+        /// The least that must be taken.
+        needed: u64,
+        /// The part of it that does not depend on the context.
+        fixed: u64,
+        /// The most tokens of a sequence.
+        context: usize,
+    },
+    /// A setting under which nothing could run.
+    #[error("setting `{name}` is {found}, wanted {wanted}")]
+    Setting {
+        /// The builder's method.
+        name: &'static str,
+        /// What it was given.
+        found: usize,
+        /// What it takes.
+        wanted: &'static str,
+    },
+    /// The device refused: no memory, no such thread or core.
+    #[error(transparent)]
+    Device(#[from] KernelError),
+    /// A fault of the engine itself, not of the request.
+    #[error("internal error: {message}")]
+    Internal {
+        /// What was found.
+        message: Arc<str>,
+    },
+}
+
+impl Error {
+    pub(crate) fn internal(message: &str) -> Self {
+        Self::Internal { message: message.into() }
+    }
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        Self::Config(Arc::new(error))
+    }
+}
+
+impl From<CheckpointError> for Error {
+    fn from(error: CheckpointError) -> Self {
+        Self::Checkpoint(Arc::new(error))
+    }
+}
+
+impl From<WeightsError> for Error {
+    fn from(error: WeightsError) -> Self {
+        Self::Weights(Arc::new(error))
+    }
+}
+
+impl From<LoadError> for Error {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::Config(error) => error.into(),
+            LoadError::Weights(error) => error.into(),
+            LoadError::Kernel(error) => error.into(),
+            other => Self::internal(&other.to_string()),
+        }
+    }
+}
+
+impl From<ForwardError> for Error {
+    fn from(error: ForwardError) -> Self {
+        match error {
+            ForwardError::Kernel(error) => error.into(),
+            other => Self::internal(&other.to_string()),
+        }
+    }
+}
+
+impl From<SchedulerError> for Error {
+    fn from(error: SchedulerError) -> Self {
+        // Requests and settings were checked before the scheduler saw them.
+        Self::internal(&error.to_string())
+    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ pub(crate) struct Limits {
     pub(crate) max_running: usize,
     /// The most tokens of one prompt that one step computes, so that several prompts share a step. `None`: the budget.
     pub(crate) max_chunk: Option<usize>,
+    /// The most tokens that one step computes of sequences which want all their logits.
+    pub(crate) max_all_logits: usize,
     /// Blocks of the KV cache.
     pub(crate) num_blocks: usize,
     /// Tokens in a block: a multiple of 16 in `16..=128`.
@@ -30,6 +32,7 @@ impl Limits {
         wanted("max_running", "at least 1", self.max_running, self.max_running >= 1)?;
         let max_chunk = self.max_chunk.unwrap_or(1);
         wanted("max_chunk", "at least 1", max_chunk, max_chunk >= 1)?;
+        wanted("max_all_logits", "at least 1", self.max_all_logits, self.max_all_logits >= 1)?;
         let whole = self.block_size.is_multiple_of(16) && (16..=128).contains(&self.block_size);
         wanted("block_size", "a multiple of 16 in 16..=128", self.block_size, whole)?;
         // Slots (block * block_size + offset) are u32 as well.
@@ -99,6 +102,7 @@ mod tests {
             token_budget: 1,
             max_running: 1,
             max_chunk: None,
+            max_all_logits: 1,
             num_blocks: 1,
             block_size: 16,
             prefix_cache: true,
@@ -116,6 +120,7 @@ mod tests {
         assert_eq!(refused(|l| l.token_budget = 0), "token_budget");
         assert_eq!(refused(|l| l.max_running = 0), "max_running");
         assert_eq!(refused(|l| l.max_chunk = Some(0)), "max_chunk");
+        assert_eq!(refused(|l| l.max_all_logits = 0), "max_all_logits");
         assert_eq!(refused(|l| l.block_size = 0), "block_size");
         assert_eq!(refused(|l| l.block_size = 24), "block_size");
         assert_eq!(refused(|l| l.block_size = 144), "block_size");

@@ -13,6 +13,8 @@ pub(crate) struct Work {
     pub(crate) len: usize,
     /// Whether the last of them is the last that is known, so that its logits give the next token.
     pub(crate) samples: bool,
+    /// Whether logits of all of them are wanted, not of the last one alone.
+    pub(crate) all_logits: bool,
 }
 
 /// The work of one step, decodes first, each sequence at most once. Its buffer lives on from step to step.
@@ -22,6 +24,8 @@ pub(crate) struct StepPlan {
     pub(crate) work: Vec<Work>,
     /// Tokens in all of [`work`](Self::work); at most the token budget.
     pub(crate) num_tokens: usize,
+    /// Tokens of work that wants all its logits.
+    pub(super) num_all_logits: usize,
     max_tokens: usize,
     max_work: usize,
 }
@@ -29,12 +33,12 @@ pub(crate) struct StepPlan {
 impl StepPlan {
     /// An empty plan of at most `max_tokens` tokens of at most `max_work` sequences.
     pub(super) fn new(max_tokens: usize, max_work: usize) -> Self {
-        Self { work: Vec::new(), num_tokens: 0, max_tokens, max_work }
+        Self { work: Vec::new(), num_tokens: 0, num_all_logits: 0, max_tokens, max_work }
     }
 
     pub(super) fn clear(&mut self) {
         self.work.clear();
-        self.num_tokens = 0;
+        (self.num_tokens, self.num_all_logits) = (0, 0);
     }
 
     /// Tokens left of the budget.
@@ -50,13 +54,16 @@ impl StepPlan {
     pub(super) fn push(&mut self, work: Work) {
         debug_assert!((1..=self.room()).contains(&work.len), "{work:?} exceeds the plan's room of {}", self.room());
         self.num_tokens += work.len;
+        self.num_all_logits += if work.all_logits { work.len } else { 0 };
         self.work.push(work);
     }
 
     /// Takes back the work of `seq`, if it had any.
     pub(super) fn remove(&mut self, seq: SeqId) {
         if let Some(i) = self.work.iter().position(|work| work.seq == seq) {
-            self.num_tokens -= self.work.remove(i).len;
+            let work = self.work.remove(i);
+            self.num_tokens -= work.len;
+            self.num_all_logits -= if work.all_logits { work.len } else { 0 };
         }
     }
 }

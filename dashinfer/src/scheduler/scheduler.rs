@@ -229,9 +229,11 @@ impl Scheduler {
         let sequence = self.sequence(rank);
         let (start, num_missing) = (sequence.num_computed, sequence.num_missing());
         let max_chunk = self.limits.max_chunk.unwrap_or(usize::MAX);
-        let len = num_missing.min(max_chunk).min(self.plan.room());
+        let all_logits = sequence.want_all_logits;
+        let with_logits = if all_logits { self.limits.max_all_logits - self.plan.num_all_logits } else { usize::MAX };
+        let len = num_missing.min(max_chunk).min(self.plan.room()).min(with_logits);
         if len > 0 && self.hold_up_to(rank, start + len) {
-            self.plan.push(Work { seq: rank.seq, start, len, samples: len == num_missing });
+            self.plan.push(Work { seq: rank.seq, start, len, samples: len == num_missing, all_logits });
         }
     }
 

@@ -114,6 +114,7 @@ fn small_limits() -> impl Strategy<Value = Limits> {
             token_budget,
             max_running,
             max_chunk,
+            max_all_logits: 7,
             num_blocks,
             block_size: 16,
             prefix_cache,
@@ -210,6 +211,8 @@ impl World {
         assert!(plan.work.iter().all(|work| !self.alive[&work.seq].paused), "{plan:?}");
         let max_chunk = self.limits.max_chunk.unwrap_or(usize::MAX);
         assert!(plan.work.iter().all(|work| work.len <= max_chunk), "{plan:?}");
+        let with_logits: usize = plan.work.iter().filter(|work| work.all_logits).map(|work| work.len).sum();
+        assert!(with_logits <= self.limits.max_all_logits, "{plan:?}");
         self.scheduler.check().unwrap();
     }
 

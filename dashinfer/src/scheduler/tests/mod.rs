@@ -12,6 +12,7 @@ fn limits() -> Limits {
         token_budget: 64,
         max_running: 8,
         max_chunk: None,
+        max_all_logits: 64,
         num_blocks: 64,
         block_size: 16,
         prefix_cache: true,

@@ -71,10 +71,10 @@ fn only_the_last_chunk_of_a_prompt_samples() {
     let mut scheduler = Loop::new(Limits { token_budget: 8, ..limits() });
     let seq = scheduler.add(prompt(1, 10));
     scheduler.schedule();
-    assert_eq!(scheduler.0.plan().work, [Work { seq, start: 0, len: 8, samples: false }]);
+    assert_eq!(scheduler.0.plan().work, [Work { seq, start: 0, len: 8, samples: false, all_logits: false }]);
     scheduler.commit();
     scheduler.schedule();
-    assert_eq!(scheduler.0.plan().work, [Work { seq, start: 8, len: 2, samples: true }]);
+    assert_eq!(scheduler.0.plan().work, [Work { seq, start: 8, len: 2, samples: true, all_logits: false }]);
 }
 
 #[test]

@@ -1,0 +1,161 @@
+//! How much memory a model takes, and how much of it the KV cache gets.
+
+use dashinfer_models::MemoryEstimate;
+
+use crate::Error;
+
+/// What a load takes of memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Estimate {
+    /// Packed weights.
+    pub weight_bytes: u64,
+    /// Activations of the largest step; touched as steps grow.
+    pub activation_bytes: u64,
+    /// Keys and values of one token.
+    pub kv_bytes_per_token: u64,
+    /// Tokens that the KV cache would hold.
+    pub kv_cache_tokens: usize,
+    /// The KV cache; touched as it fills.
+    pub kv_cache_bytes: u64,
+    /// The most tokens of a prompt and its continuation together.
+    pub context: usize,
+}
+
+impl Estimate {
+    /// All of it.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.weight_bytes + self.activation_bytes + self.kv_cache_bytes
+    }
+}
+
+/// What decides the size of the KV cache.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CachePlan {
+    pub(super) block_size: usize,
+    /// The most tokens of a sequence.
+    pub(super) context: usize,
+    /// The most sequences computed at once.
+    pub(super) max_batch: usize,
+    /// What the caller gives the cache.
+    pub(super) kv_cache_bytes: Option<u64>,
+    /// What the caller gives all together.
+    pub(super) memory_limit: Option<u64>,
+    /// What the machine has to give now, if that is known.
+    pub(super) available: Option<u64>,
+}
+
+/// The most that the cache takes when nobody says.
+const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
+
+impl CachePlan {
+    /// The number of blocks.
+    ///
+    /// # Errors
+    /// [`Error::MemoryLimit`] if one sequence of the whole context does not fit.
+    pub(super) fn num_blocks(&self, model: &MemoryEstimate) -> Result<usize, Error> {
+        let block_bytes = (model.kv_bytes_per_token * self.block_size as u64).max(1);
+        let blocks_of = |tokens: usize| tokens.div_ceil(self.block_size);
+        let (least, most) = (blocks_of(self.context), blocks_of(self.context).saturating_mul(self.max_batch));
+        let fixed = model.weight_bytes + model.activation_bytes;
+        let needed = fixed + least as u64 * block_bytes;
+        let limit = match (self.memory_limit, self.kv_cache_bytes) {
+            (Some(limit), Some(cache)) => Some(limit.min(fixed.saturating_add(cache))),
+            (Some(limit), None) => Some(limit),
+            (None, Some(cache)) => Some(fixed.saturating_add(cache)),
+            (None, None) => None,
+        };
+        let cache_bytes = match limit {
+            Some(limit) => {
+                if limit < needed {
+                    return Err(Error::MemoryLimit { limit, needed, fixed, context: self.context });
+                }
+                limit - fixed
+            }
+            None => {
+                let spare = self.available.map_or(u64::MAX, |available| available.saturating_sub(fixed) / 2);
+                DEFAULT_CACHE_BYTES.min(spare).max(least as u64 * block_bytes)
+            }
+        };
+        // Slots are counted in 32 bits.
+        let countable = u32::MAX as usize / self.block_size;
+        let blocks = usize::try_from(cache_bytes / block_bytes).unwrap_or(usize::MAX);
+        Ok(blocks.clamp(least.max(1), most.max(1)).min(countable))
+    }
+}
+
+/// Memory that the system could give now, the process's own limit (cgroup) included; `None` where that is not known.
+pub(super) fn available_bytes() -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    let meminfo = read("/proc/meminfo")?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let system = number(line.trim().strip_suffix("kB")?)? * 1024;
+    let limit = read("/sys/fs/cgroup/memory.max").and_then(|text| number(&text));
+    let used = read("/sys/fs/cgroup/memory.current").and_then(|text| number(&text)).unwrap_or(0);
+    Some(system.min(limit.map_or(u64::MAX, |limit| limit.saturating_sub(used))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dashinfer_models::{ModelSpec, RandomWeights, StepLimits, panel_bytes, shapes};
+
+    fn model() -> (ModelSpec, MemoryEstimate) {
+        let spec = shapes::named("qwen2.5-0.5b").unwrap();
+        let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
+        let source = RandomWeights::new(&spec, 0);
+        let dtype = dashinfer_kernels::DType::F32;
+        let estimate = MemoryEstimate::new(&spec, &source, dtype, limits, &panel_bytes).unwrap();
+        (spec, estimate)
+    }
+
+    fn plan() -> CachePlan {
+        CachePlan {
+            block_size: 32,
+            context: 1000,
+            max_batch: 4,
+            kv_cache_bytes: None,
+            memory_limit: None,
+            available: None,
+        }
+    }
+
+    #[test]
+    fn a_limit_is_kept_to_the_block() {
+        let (_, model) = model();
+        let fixed = model.weight_bytes + model.activation_bytes;
+        let block = 32 * model.kv_bytes_per_token;
+        let blocks = |extra: u64| CachePlan { memory_limit: Some(fixed + extra), ..plan() }.num_blocks(&model);
+        assert_eq!(blocks(32 * block).unwrap(), 32);
+        assert_eq!(blocks(33 * block - 1).unwrap(), 32);
+        // More than all sequences can use is not taken.
+        assert_eq!(blocks(1000 * block).unwrap(), 4 * 32);
+    }
+
+    #[test]
+    fn a_limit_below_one_sequence_says_what_is_needed() {
+        let (_, model) = model();
+        let error = CachePlan { memory_limit: Some(1 << 20), ..plan() }.num_blocks(&model).unwrap_err().to_string();
+        let fixed = model.weight_bytes + model.activation_bytes;
+        let needed = fixed + 32 * 32 * model.kv_bytes_per_token;
+        assert_eq!(
+            error,
+            format!(
+                "a memory limit of 1048576 bytes is too small: {needed} are needed, {fixed} for weights and activations and \
+                 the rest for one sequence of 1000 tokens (a smaller context needs less)"
+            )
+        );
+    }
+
+    #[test]
+    fn without_a_limit_half_of_what_is_left_is_taken_but_one_sequence_fits() {
+        let (_, model) = model();
+        let fixed = model.weight_bytes + model.activation_bytes;
+        let block = 32 * model.kv_bytes_per_token;
+        let blocks = |available| CachePlan { available: Some(available), ..plan() }.num_blocks(&model).unwrap();
+        assert_eq!(blocks(fixed + 80 * block), 40);
+        assert_eq!(blocks(0), 32);
+    }
+}
