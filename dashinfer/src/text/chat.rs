@@ -196,10 +196,33 @@ mod tests {
         check("{% for m in messages[::-1] %}{{ m.role[:1] }}{% endfor %}", "us");
     }
 
+    #[test] // the expectations were printed by Jinja 3.1 with the settings of `transformers`
+    fn values_print_and_test_as_in_python() {
+        check(
+            "{{ none }}|{{ true }}|{{ 1.0 }}|{{ [1, 'a', none] }}|{{ 7 // 2 }}|{{ 7 / 2 }}",
+            "None|True|1.0|[1, 'a', None]|3|3.5",
+        );
+        check(
+            "{{ 'x' is sequence }}|{{ 'x' is iterable }}|{{ 'x' is mapping }}|{{ messages[0] is sequence }}",
+            "True|True|False|True",
+        );
+        check(
+            "{{ 'tool_calls' in messages[0] }}|{{ messages[0].get('name') }}|{{ messages[0].name is defined }}",
+            "False|None|False",
+        );
+        check("{{ '<think>\\na</think>\\n b'.split('</think>')[-1].lstrip('\\n') }}", " b");
+        check("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1");
+        check(
+            "{%- macro text(c) -%}{%- if c is string -%}{{ c }}{%- endif -%}{%- endmacro -%}[{{ text('a') }}]",
+            "[a]",
+        );
+    }
+
     #[test]
     fn json_is_spelt_as_python_spells_it() {
         check("{{ messages[0] | tojson }}", r#"{"role": "system", "content": "Be <brief>."}"#);
         check("{{ {'b': [1, 2.0, none], 'a': true} | tojson }}", r#"{"b": [1, 2.0, null], "a": true}"#);
+        check("{{ [1, {'a': 2}] | tojson(separators=(',', ':')) }}", r#"[1,{"a":2}]"#);
         check("{{ {'é': []} | tojson(indent=4) }}", "{\n    \"é\": []\n}");
     }
 
@@ -214,6 +237,8 @@ mod tests {
         assert_eq!(error.to_string(), "the chat template refused the chat: roles must alternate");
         let error = render("{% if messages[0].content.nothing.at_all %}{% endif %}", &[Message::user("")]).unwrap_err();
         assert!(error.to_string().starts_with("the chat template failed: undefined value"), "{error}");
+        let error = render("{{ [1] | tojson(sort_keys=true) }}", &[]).unwrap_err();
+        assert!(error.to_string().contains("tojson has no sort_keys here, wanted false or nothing"), "{error}");
         let error = render("{% for %}", &[]).unwrap_err();
         assert!(error.to_string().starts_with("the chat template cannot be compiled: syntax error"), "{error}");
     }

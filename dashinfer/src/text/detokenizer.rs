@@ -61,21 +61,15 @@ impl Detokenizer {
     /// The text of the next token then goes on from the prompt: a SentencePiece-like tokenizer keeps the space before
     /// a word, which it drops from the start of a text, and a character that the prompt began is finished.
     pub fn skip(&mut self, prompt: &[u32]) {
-        // An unfinished character has at most three bytes before its last one, so four tokens with text decide.
+        // Four tokens with text decide: an unfinished character has at most three bytes, and any text is past the start.
         let mut last = [0; 4];
         let mut from = last.len();
-        for &id in prompt.iter().rev().filter(|&&id| self.adds_text(id)) {
+        for &id in prompt.iter().rev().filter(|&&id| self.adds_text(id)).take(last.len()) {
             from -= 1;
             last[from] = id;
-            if from == 0 {
-                break;
-            }
         }
-        if from < last.len() {
-            self.start.left = 0;
-            let mut text = String::new();
-            last[from..].iter().for_each(|&id| self.push(id, &mut text));
-        }
+        let mut text = String::new();
+        last[from..].iter().for_each(|&id| self.push(id, &mut text));
     }
 
     fn adds_text(&self, id: u32) -> bool {

@@ -5,6 +5,7 @@
 //! [`StopMatcher`] holds back what may be the beginning of a stop string.
 
 mod chat;
+mod config;
 mod detokenizer;
 mod pieces;
 mod python;

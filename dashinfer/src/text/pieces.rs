@@ -4,8 +4,16 @@
 //! as several tokens, and some strip a space from the start of the whole text. So a table of bytes and a few rules
 //! say all of it, and decoding a token is a copy.
 
+use std::path::Path;
+
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::{Decoder, Model};
+
+use super::TokenizerError;
+
+/// The most ids of a vocabulary, holes included: a damaged file must not ask for all memory. Published vocabularies have
+/// up to some 260,000.
+pub(super) const MAX_IDS: usize = 1 << 22;
 
 /// How a token joins the text before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,11 +72,16 @@ pub(super) struct Piece<'a> {
 }
 
 impl Pieces {
-    /// The table of `tokenizer`; the name of its decoder if that is none we know.
-    pub(super) fn new(tokenizer: &tokenizers::Tokenizer) -> Result<Self, String> {
-        let rules = Rules::of(tokenizer.get_decoder())?;
+    /// The table of `tokenizer`, which was read from `path`.
+    pub(super) fn new(tokenizer: &tokenizers::Tokenizer, path: &Path) -> Result<Self, TokenizerError> {
+        let unsupported = |found| TokenizerError::UnsupportedDecoder { path: path.to_owned(), found };
+        let too_large = || TokenizerError::TooLarge { path: path.to_owned() };
+        let rules = Rules::of(tokenizer.get_decoder()).map_err(unsupported)?;
         let (added, model) = (tokenizer.get_added_vocabulary(), tokenizer.get_model());
         let num_ids = tokenizer.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        if num_ids > MAX_IDS {
+            return Err(too_large());
+        }
         let mut pieces = Self {
             bytes: Vec::new(),
             entries: Vec::with_capacity(num_ids),
@@ -79,8 +92,11 @@ impl Pieces {
             // The very look-up that `tokenizers` decodes with.
             let token = added.simple_id_to_token(id).or_else(|| model.id_to_token(id));
             let special = token.as_ref().is_some_and(|token| added.is_special_token(token));
-            let kind = token.map_or(Ok(Kind::Absent), |token| rules.append(token, &mut pieces.bytes))?;
-            let end = u32::try_from(pieces.bytes.len()).map_err(|_| "a vocabulary of more than 4 GiB".to_owned())?;
+            let kind = match token {
+                Some(token) => rules.append(token, &mut pieces.bytes).map_err(unsupported)?,
+                None => Kind::Absent,
+            };
+            let end = u32::try_from(pieces.bytes.len()).map_err(|_| too_large())?;
             pieces.entries.push(Entry { end, kind, special });
         }
         Ok(pieces)

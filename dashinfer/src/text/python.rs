@@ -5,10 +5,10 @@ use std::fmt;
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Serialize;
-use serde_json::ser::{Formatter, PrettyFormatter};
+use serde_json::ser::Formatter;
 
 /// Adds the functions, filters and methods.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
@@ -16,6 +16,10 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
     environment.add_filter("tojson", tojson);
+    // What has a length and can be indexed, which in Python strings and dicts have and can.
+    environment.add_test("sequence", |value: &Value| {
+        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+    });
 }
 
 /// What a template raised.
@@ -46,43 +50,105 @@ pub(super) fn raised(error: &Error) -> Option<&str> {
     None
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=indent)`: Jinja's own filter would escape for HTML.
+/// `json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)`: Jinja's own filter would escape for HTML.
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     // Deeper than anyone reads: it bounds what a template can ask for.
     const MAX_INDENT: usize = 64;
+    for name in ["ensure_ascii", "sort_keys"] {
+        if kwargs.get::<Option<bool>>(name)? == Some(true) {
+            let message = format!("tojson has no {name} here, wanted false or nothing");
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
+    }
     let indent: Option<usize> = kwargs.get("indent")?;
-    // The other arguments of `json.dumps`; at their defaults they change nothing.
-    let _: (Option<bool>, Option<Value>, Option<bool>) =
-        (kwargs.get("ensure_ascii")?, kwargs.get("separators")?, kwargs.get("sort_keys")?);
+    let separators: Option<Vec<String>> = kwargs.get("separators")?;
     kwargs.assert_all_used()?;
-    let mut json = Vec::new();
-    let written = match indent {
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, Spaced)),
-        Some(indent) => {
-            let indent = " ".repeat(indent.min(MAX_INDENT));
-            let formatter = PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, formatter))
+    let (item, key) = match separators.as_deref() {
+        None if indent.is_some() => (",", ": "),
+        None => (", ", ": "),
+        Some([item, key]) => (item.as_str(), key.as_str()),
+        Some(found) => {
+            let message = format!("tojson has {} separators, wanted 2", found.len());
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
         }
     };
+    let indent = indent.map(|indent| " ".repeat(indent.min(MAX_INDENT)));
+    let mut json = Vec::new();
+    let formatter = Separated { item, key, indent: indent.as_deref(), depth: 0, is_empty: true };
     let failed = |message: String| Error::new(ErrorKind::BadSerialization, message);
-    written.map_err(|error| failed(error.to_string()))?;
+    value
+        .serialize(&mut serde_json::Serializer::with_formatter(&mut json, formatter))
+        .map_err(|error| failed(error.to_string()))?;
     String::from_utf8(json).map_err(|error| failed(error.to_string()))
 }
 
-/// A space after `,` and `:`.
-struct Spaced;
+/// Python's layout: the separators are the caller's, and with an indent each item has a line.
+struct Separated<'a> {
+    item: &'a str,
+    key: &'a str,
+    indent: Option<&'a str>,
+    depth: usize,
+    /// Whether the innermost array or object has no item yet: `[]` stays on its line.
+    is_empty: bool,
+}
 
-impl Formatter for Spaced {
+impl Separated<'_> {
+    fn new_line<W: ?Sized + io::Write>(&self, writer: &mut W) -> io::Result<()> {
+        let Some(indent) = self.indent else { return Ok(()) };
+        writer.write_all(b"\n")?;
+        (0..self.depth).try_for_each(|_| writer.write_all(indent.as_bytes()))
+    }
+
+    fn begin<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        (self.depth, self.is_empty) = (self.depth + 1, true);
+        writer.write_all(bracket)
+    }
+
+    fn begin_item<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if !first {
+            writer.write_all(self.item.as_bytes())?;
+        }
+        self.is_empty = false;
+        self.new_line(writer)
+    }
+
+    fn end<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth -= 1;
+        if !self.is_empty {
+            self.new_line(writer)?;
+        }
+        self.is_empty = false;
+        writer.write_all(bracket)
+    }
+}
+
+impl Formatter for Separated<'_> {
+    fn begin_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.begin(writer, b"[")
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.end(writer, b"]")
+    }
+
     fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+        self.begin_item(writer, first)
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.begin(writer, b"{")
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.end(writer, b"}")
     }
 
     fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+        self.begin_item(writer, first)
     }
 
     fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(b": ")
+        writer.write_all(self.key.as_bytes())
     }
 }
 

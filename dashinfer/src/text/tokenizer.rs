@@ -10,7 +10,8 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
-use super::pieces::Pieces;
+use super::config::{Config, parse_error, read, read_if_there};
+use super::pieces::{MAX_IDS, Pieces};
 use super::{ChatOptions, ChatTemplate, Detokenizer, Message, TemplateError};
 
 /// Why a tokenizer could not be loaded or used.
@@ -46,6 +47,12 @@ pub enum TokenizerError {
         path: PathBuf,
         /// The decoder's type, or those of its steps.
         found: String,
+    },
+    /// The vocabulary has an id that is larger than any sensible vocabulary.
+    #[error("{path} has a token id or text too large, wanted ids below {MAX_IDS} and less than 4 GiB of text")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
     },
     /// The tokenizer's model or rules failed on a text.
     #[error("cannot tokenize a text of {num_bytes} bytes")]
@@ -94,8 +101,7 @@ impl Tokenizer {
         // Some files carry the limits of a training run; a prompt is neither cut nor padded.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|source| parse_error(&path, TOKENIZER, source))?;
-        let pieces =
-            Pieces::new(&inner).map_err(|found| TokenizerError::UnsupportedDecoder { path: path.clone(), found })?;
+        let pieces = Pieces::new(&inner, &path)?;
         let vocab_size = inner.get_vocab_size(true);
 
         let config = Config::read(&folder.join("tokenizer_config.json"))?;
@@ -175,24 +181,6 @@ impl Tokenizer {
 
 const TOKENIZER: &str = "tokenizer in the format of Hugging Face `tokenizers`";
 
-fn read(path: &Path) -> Result<String, TokenizerError> {
-    std::fs::read_to_string(path)
-        .map_err(|source| TokenizerError::Read { path: path.to_owned(), source: Arc::new(source) })
-}
-
-fn read_if_there(path: &Path) -> Result<Option<String>, TokenizerError> {
-    match read(path) {
-        Err(TokenizerError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
-        result => result.map(Some),
-    }
-}
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-fn parse_error(path: &Path, wanted: &'static str, source: impl Into<BoxError>) -> TokenizerError {
-    TokenizerError::Parse { path: path.to_owned(), wanted, source: source.into().into() }
-}
-
 fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer, TokenizerError> {
     /// The sections whose readers in `tokenizers` panic on what is not even JSON.
     #[derive(Deserialize)]
@@ -211,72 +199,27 @@ fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer, TokenizerErro
         .map_err(|source| parse_error(path, TOKENIZER, source))
 }
 
-/// What is used of `tokenizer_config.json`.
-#[derive(Debug, Default, Deserialize)]
-struct Config {
-    #[serde(default)]
-    chat_template: Option<Templates>,
-    #[serde(flatten)]
-    rest: BTreeMap<String, Value>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Templates {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Debug, Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-impl Config {
-    fn read(path: &Path) -> Result<Self, TokenizerError> {
-        match read_if_there(path)? {
-            Some(json) => {
-                serde_json::from_str(&json).map_err(|source| parse_error(path, "tokenizer configuration", source))
-            }
-            None => Ok(Self::default()),
-        }
-    }
-
-    /// The template of that name, or the one named `default`: the others are for tools and retrieval.
-    fn template(self: &Config) -> Option<String> {
-        match self.chat_template.as_ref()? {
-            Templates::One(template) => Some(template.clone()),
-            Templates::Named(templates) => {
-                templates.iter().find(|named| named.name == "default").map(|named| named.template.clone())
-            }
-        }
-    }
-
-    /// `bos_token` and its like, spelt as a string or as an object with `content`.
-    fn special_tokens(&self) -> BTreeMap<String, String> {
-        let spelling = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
-        self.rest
-            .iter()
-            .filter(|(name, _)| name.ends_with("_token"))
-            .filter_map(|(name, value)| Some((name.clone(), spelling(value)?)))
-            .collect()
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
+    use std::sync::Mutex;
+
     use super::*;
 
     const GOLDENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../dashinfer-models/tests/goldens");
     const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/models/ferris-7m");
 
-    pub(in crate::text) fn golden(case: &str) -> Tokenizer {
-        Tokenizer::from_folder(Path::new(GOLDENS).join(case)).unwrap()
+    /// A golden's tokenizer, loaded once for all tests.
+    pub(in crate::text) fn golden(case: &str) -> Arc<Tokenizer> {
+        static LOADED: Mutex<BTreeMap<PathBuf, Arc<Tokenizer>>> = Mutex::new(BTreeMap::new());
+        let folder = Path::new(GOLDENS).join(case);
+        let mut loaded = LOADED.lock().unwrap();
+        let load = || Arc::new(Tokenizer::from_folder(&folder).unwrap());
+        Arc::clone(loaded.entry(folder.clone()).or_insert_with(load))
     }
 
-    pub(in crate::text) fn bundled() -> Tokenizer {
-        Tokenizer::from_folder(BUNDLED).unwrap()
+    /// The tokenizer of the model in `examples/`.
+    pub(in crate::text) fn bundled() -> Arc<Tokenizer> {
+        golden(BUNDLED)
     }
 
     impl Tokenizer {
@@ -422,6 +365,18 @@ pub(super) mod tests {
         })
         .unwrap_err();
         assert!(error.to_string().contains("has the decoder `WordPiece`; supported are ByteLevel"), "{error}");
+    }
+
+    #[test]
+    fn an_id_out_of_all_proportion_is_refused() {
+        let error = changed("sparse", |folder| {
+            let path = folder.join("tokenizer.json");
+            let mut json: Value = serde_json::from_str(&read(&path).unwrap()).unwrap();
+            json["model"]["vocab"]["far away"] = u32::MAX.into();
+            std::fs::write(path, json.to_string()).unwrap();
+        })
+        .unwrap_err();
+        assert!(error.to_string().ends_with("wanted ids below 4194304 and less than 4 GiB of text"), "{error}");
     }
 
     #[test]
