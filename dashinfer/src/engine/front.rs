@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::step_loop::{Command, NewRequest};
 use super::stream::Writer;
 use super::{ModelInfo, PromptLogits};
-use crate::{Error, GenerationDefaults, ModelFacts, Request, RequestError, Resolved, SpecialTokens, Tokenizer};
+use crate::{Error, GenerationDefaults, ModelFacts, Prompt, Request, RequestError, Resolved, SpecialTokens, Tokenizer};
 use tokio::sync::oneshot;
 
 /// What handles send.
@@ -40,7 +40,10 @@ impl Front {
                     Ok(resolved) => {
                         let detokenizer = self.tokenizer.as_ref().map(|tokenizer| {
                             let mut detokenizer = tokenizer.detokenizer(SpecialTokens::Without);
-                            detokenizer.skip(&resolved.prompt);
+                            // A chat's answer is a text of its own; anything else goes on from the prompt's.
+                            if !matches!(request.prompt, Prompt::Chat(_)) {
+                                detokenizer.skip(&resolved.prompt);
+                            }
                             detokenizer
                         });
                         let new = NewRequest { resolved, writer, arrived, detokenizer };

@@ -1,0 +1,528 @@
+//! Loading: the settings of an engine, and how its threads come to be.
+
+use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::hash::{BuildHasher, RandomState};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, mpsc};
+
+use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, PoolConfig};
+use dashinfer_kernels::{Backend, DType};
+use dashinfer_models::{
+    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, RandomWeights, StepLimits,
+    WeightSource, panel_bytes, shapes,
+};
+use tokio::sync::{oneshot, watch};
+
+use super::executor::LocalExecutor;
+use super::front::Front;
+use super::hub::Hub;
+use super::memory::{CachePlan, Estimate, available_bytes};
+use super::step_loop::{Command, StepLoop};
+use super::{Engine, ModelInfo, Shared};
+use crate::scheduler::{Limits, Scheduler};
+use crate::{Error, GenerationDefaults, Tokenizer};
+
+/// Rows of prompts whose every position wants logits that one step computes: a row of logits is as wide as the vocabulary.
+const MAX_ALL_LOGITS: usize = 64;
+
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Source {
+    /// A folder with `config.json`, safetensors files and, for text, `tokenizer.json`.
+    Folder(PathBuf),
+    /// A published shape (`qwen2.5-0.5b`) with random weights in bf16 and no tokenizer, made in memory: for benchmarks.
+    Random {
+        /// Its name.
+        shape: String,
+        /// The same seed gives the same weights.
+        seed: u64,
+    },
+}
+
+impl Source {
+    /// See [`Source::Random`].
+    pub fn random(shape: impl Into<String>) -> Self {
+        Self::Random { shape: shape.into(), seed: 0 }
+    }
+}
+
+impl<P: AsRef<Path> + ?Sized> From<&P> for Source {
+    fn from(folder: &P) -> Self {
+        Self::Folder(folder.as_ref().to_owned())
+    }
+}
+
+impl From<PathBuf> for Source {
+    fn from(folder: PathBuf) -> Self {
+        Self::Folder(folder)
+    }
+}
+
+impl From<String> for Source {
+    fn from(folder: String) -> Self {
+        Self::Folder(folder.into())
+    }
+}
+
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Device {
+    /// The best there is; for now always the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// The type in which keys and values are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum KvCacheType {
+    /// 32 bits: exactly what was computed. The default on the CPU.
+    #[default]
+    F32,
+    /// 16 bits with 11 of precision: half the memory.
+    F16,
+    /// 16 bits with 8 of precision and the range of f32: half the memory.
+    BF16,
+}
+
+impl KvCacheType {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::BF16 => DType::BF16,
+        }
+    }
+}
+
+/// What a load is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LoadPhase {
+    /// Reading and packing weights.
+    Weights,
+    /// All is there.
+    Ready,
+}
+
+/// How far a load has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// What it is doing.
+    pub phase: LoadPhase,
+    /// Bytes of weights packed so far, as stored.
+    pub bytes_done: u64,
+    /// Bytes of all weights, as stored.
+    pub bytes_total: u64,
+}
+
+type OnProgress = Box<dyn FnMut(Progress) + Send>;
+
+/// The settings of an engine to be loaded; of [`Engine::load`]. Awaiting it loads.
+///
+/// Loading runs on the engine's own thread. Dropping the future does not interrupt it, but what was loaded is given back.
+#[must_use = "a load does nothing unless awaited"]
+pub struct Load {
+    source: Source,
+    settings: Settings,
+    on_progress: Option<OnProgress>,
+}
+
+#[derive(Debug, Clone)]
+struct Settings {
+    device: Device,
+    kv_cache: KvCacheType,
+    memory_limit: Option<u64>,
+    kv_cache_bytes: Option<u64>,
+    max_context: Option<usize>,
+    max_batch: usize,
+    max_step_tokens: usize,
+    max_chunk: Option<usize>,
+    max_queued: usize,
+    block_size: usize,
+    prefix_cache: bool,
+    stream_buffer: usize,
+    pool: PoolConfig,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            device: Device::default(),
+            kv_cache: KvCacheType::default(),
+            memory_limit: None,
+            kv_cache_bytes: None,
+            max_context: None,
+            max_batch: 64,
+            max_step_tokens: 512,
+            max_chunk: None,
+            max_queued: 1024,
+            block_size: 32,
+            prefix_cache: true,
+            stream_buffer: 64,
+            pool: PoolConfig::default(),
+        }
+    }
+}
+
+impl Load {
+    pub(super) fn new(source: Source) -> Self {
+        Self { source, settings: Settings::default(), on_progress: None }
+    }
+
+    /// Where the model runs. Default: the best device there is.
+    pub fn device(mut self, device: Device) -> Self {
+        self.settings.device = device;
+        self
+    }
+
+    /// The type in which keys and values are kept. Default: [`KvCacheType::F32`]. Smaller types hold more tokens in the same
+    /// memory, and change results a little.
+    pub fn kv_cache(mut self, kv_cache: KvCacheType) -> Self {
+        self.settings.kv_cache = kv_cache;
+        self
+    }
+
+    /// The most bytes for weights, activations and KV cache together. Default: no limit on weights; for the cache, 4 GiB or half
+    /// of the memory that is left, whichever is less.
+    pub fn memory_limit(mut self, bytes: u64) -> Self {
+        self.settings.memory_limit = Some(bytes);
+        self
+    }
+
+    /// The most bytes for the KV cache. More lets more sequences run at once, and keeps more prefixes.
+    pub fn kv_cache_bytes(mut self, bytes: u64) -> Self {
+        self.settings.kv_cache_bytes = Some(bytes);
+        self
+    }
+
+    /// The most tokens of a prompt and its continuation together. Default: what the model was made for. The cache must hold one
+    /// such sequence.
+    pub fn max_context(mut self, tokens: usize) -> Self {
+        self.settings.max_context = Some(tokens);
+        self
+    }
+
+    /// The most sequences computed in one step. Default: 64. More raises throughput under load, and the time of a step.
+    pub fn max_batch(mut self, sequences: usize) -> Self {
+        self.settings.max_batch = sequences;
+        self
+    }
+
+    /// The most tokens computed in one step. Default: 512. Fewer let running requests wait less for the prompts of others; more
+    /// read prompts faster.
+    pub fn max_step_tokens(mut self, tokens: usize) -> Self {
+        self.settings.max_step_tokens = tokens;
+        self
+    }
+
+    /// The most tokens of one prompt computed in one step. Default: all that the step can take.
+    pub fn max_chunk(mut self, tokens: usize) -> Self {
+        self.settings.max_chunk = Some(tokens);
+        self
+    }
+
+    /// The most requests that may wait before [`Engine::try_generate`] refuses. Default: 1024.
+    pub fn max_queued(mut self, requests: usize) -> Self {
+        self.settings.max_queued = requests;
+        self
+    }
+
+    /// Tokens in a block of the KV cache: 16, 32, 64 or 128. Default: 32. Prefixes are found again in whole blocks; smaller
+    /// ones waste less.
+    pub fn block_size(mut self, tokens: usize) -> Self {
+        self.settings.block_size = tokens;
+        self
+    }
+
+    /// Whether blocks of earlier requests are kept and found again. Default: true. Changes no result.
+    pub fn prefix_cache(mut self, yes: bool) -> Self {
+        self.settings.prefix_cache = yes;
+        self
+    }
+
+    /// Chunks that wait for a late reader before its request pauses. Default: 64.
+    pub fn stream_buffer(mut self, chunks: usize) -> Self {
+        self.settings.stream_buffer = chunks;
+        self
+    }
+
+    /// Threads that compute. Default: one for each core that the process may use.
+    pub fn threads(mut self, threads: usize) -> Self {
+        // Zero is refused when the settings are checked.
+        self.settings.pool.threads = NonZeroUsize::new(threads);
+        self
+    }
+
+    /// Binds the computing threads to cores, in turn. Default: the system places them. Linux only.
+    pub fn cores(mut self, cores: impl Into<Vec<usize>>) -> Self {
+        self.settings.pool.cores = cores.into();
+        self
+    }
+
+    /// Is called, on the engine's thread, as loading goes on.
+    pub fn on_progress(mut self, on_progress: impl FnMut(Progress) + Send + 'static) -> Self {
+        self.on_progress = Some(Box::new(on_progress));
+        self
+    }
+
+    /// What the load would take, without taking it: from the config and the headers of the weights alone.
+    ///
+    /// # Errors
+    /// Those of a load, as far as they show without reading weights.
+    pub fn estimate(&self) -> Result<Estimate, Error> {
+        Ok(self.plan(&Opened::new(&self.source)?)?.estimate)
+    }
+
+    /// Loads, and waits for it on this thread.
+    ///
+    /// # Errors
+    /// As for awaiting the load.
+    pub fn blocking(self) -> Result<Engine, Error> {
+        futures::executor::block_on(self.into_future())
+    }
+
+    fn plan(&self, opened: &Opened) -> Result<Plan, Error> {
+        let set = &self.settings;
+        let at_least_one = [
+            ("max_batch", set.max_batch),
+            ("max_step_tokens", set.max_step_tokens),
+            ("max_chunk", set.max_chunk.unwrap_or(1)),
+            ("max_context", set.max_context.unwrap_or(1)),
+            ("stream_buffer", set.stream_buffer),
+        ];
+        for (name, found) in at_least_one {
+            if found == 0 {
+                return Err(Error::Setting { name, found, wanted: "at least 1" });
+            }
+        }
+        if ![16, 32, 64, 128].contains(&set.block_size) {
+            let found = set.block_size;
+            return Err(Error::Setting { name: "block_size", found, wanted: "16, 32, 64 or 128" });
+        }
+        let context = set.max_context.map_or(opened.spec.max_positions, |max| max.min(opened.spec.max_positions));
+        let limits = StepLimits {
+            max_tokens: set.max_step_tokens,
+            max_logit_rows: (set.max_batch + MAX_ALL_LOGITS).min(set.max_step_tokens),
+        };
+        let dtype = set.kv_cache.dtype();
+        let model = MemoryEstimate::new(&opened.spec, opened.source.as_ref(), dtype, limits, &panel_bytes)?;
+        let cache = CachePlan {
+            block_size: set.block_size,
+            context,
+            max_batch: set.max_batch,
+            kv_cache_bytes: set.kv_cache_bytes,
+            memory_limit: set.memory_limit,
+            available: available_bytes(),
+        };
+        let num_blocks = cache.num_blocks(&model)?;
+        let kv_cache_tokens = num_blocks * set.block_size;
+        let estimate = Estimate {
+            weight_bytes: model.weight_bytes,
+            activation_bytes: model.activation_bytes,
+            kv_bytes_per_token: model.kv_bytes_per_token,
+            kv_cache_tokens,
+            kv_cache_bytes: kv_cache_tokens as u64 * model.kv_bytes_per_token,
+            context,
+        };
+        Ok(Plan { estimate, num_blocks, limits })
+    }
+}
+
+impl fmt::Debug for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Load").field("source", &self.source).field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl IntoFuture for Load {
+    type Output = Result<Engine, Error>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move {
+            let (report, loaded) = oneshot::channel();
+            let thread = std::thread::Builder::new().name("dashinfer-engine".to_owned());
+            let thread = thread.spawn(move || serve(self, report));
+            thread.map_err(|error| dashinfer_kernels::KernelError::Threads(format!("the engine's thread: {error}")))?;
+            // The thread reports before it ends, unless it panics.
+            loaded.await.unwrap_or_else(|_| Err(Error::internal("loading panicked")))
+        })
+    }
+}
+
+/// What a load has decided.
+struct Plan {
+    estimate: Estimate,
+    num_blocks: usize,
+    limits: StepLimits,
+}
+
+/// A source whose config and headers were read.
+struct Opened {
+    spec: ModelSpec,
+    source: Box<dyn WeightSource>,
+    defaults: GenerationDefaults,
+    /// The folder with a tokenizer.
+    tokenizer: Option<PathBuf>,
+}
+
+impl Opened {
+    fn new(source: &Source) -> Result<Self, Error> {
+        match source {
+            Source::Folder(folder) => {
+                if !folder.is_dir() {
+                    return Err(Error::NoSuchModel { path: folder.clone(), hint: hint(folder) });
+                }
+                let config = HfConfig::read(folder)?;
+                let spec = config.to_spec()?;
+                let defaults = generation_defaults(&GenerationConfig::read(folder, &config)?);
+                let source = Box::new(Checkpoint::open(folder)?);
+                let tokenizer = folder.join("tokenizer.json").is_file().then(|| folder.clone());
+                Ok(Self { spec, source, defaults, tokenizer })
+            }
+            Source::Random { shape, seed } => {
+                let Some(spec) = shapes::named(shape) else {
+                    let hint = " among the published shapes (see `dashinfer_models::shapes`)";
+                    return Err(Error::NoSuchModel { path: shape.into(), hint });
+                };
+                let source = Box::new(RandomWeights::new(&spec, *seed));
+                Ok(Self { spec, source, defaults: GenerationDefaults::default(), tokenizer: None })
+            }
+        }
+    }
+}
+
+fn hint(folder: &Path) -> &'static str {
+    let parts = folder.components().count();
+    if folder.is_file() {
+        "; it is a file, and a folder with config.json and safetensors is wanted"
+    } else if folder.is_relative() && parts == 2 && !folder.starts_with(".") && !folder.starts_with("..") {
+        "; to run a model of a hub, download it and give its folder"
+    } else {
+        ""
+    }
+}
+
+fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
+    GenerationDefaults {
+        sample: config.do_sample.unwrap_or(false),
+        temperature: config.temperature,
+        top_p: config.top_p,
+        top_k: config.top_k.map(std::num::NonZeroU32::get),
+        min_p: config.min_p,
+        repetition_penalty: config.repetition_penalty,
+        eos_token_ids: config.eos_token_ids.clone(),
+        bos_token_id: config.bos_token_id,
+    }
+}
+
+/// The life of the engine's thread: loads, reports, serves.
+fn serve(mut load: Load, report: oneshot::Sender<Result<Engine, Error>>) {
+    // Dropped last, when the model and its cache have gone.
+    let (_ended, ended) = watch::channel(());
+    match start(&mut load, ended) {
+        Ok((engine, steps)) => {
+            // Whoever waited for the engine has gone: then the handle is dropped here, and the loop ends at once.
+            drop(report.send(Ok(engine)));
+            steps.run();
+        }
+        Err(error) => drop(report.send(Err(error))),
+    }
+}
+
+type CpuLoop = StepLoop<LocalExecutor<CpuBackend>>;
+
+fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop), Error> {
+    let mut opened = Opened::new(&load.source)?;
+    let plan = load.plan(&opened)?;
+    let settings = load.settings.clone();
+    let tokenizer = match opened.tokenizer.take() {
+        // A large vocabulary takes as long to read as weights do, so it is read beside them.
+        Some(folder) => Some(
+            std::thread::Builder::new()
+                .name("dashinfer-text".to_owned())
+                .spawn(move || Tokenizer::from_folder(folder))
+                .map_err(|error| Error::internal(&format!("no thread for the tokenizer: {error}")))?,
+        ),
+        None => None,
+    };
+
+    let backend = match settings.device {
+        Device::Auto | Device::Cpu => CpuBackend::new(&CpuConfig { pool: settings.pool.clone(), isa: None })?,
+    };
+    let device = backend.name();
+    let mut no_progress: OnProgress = Box::new(|_| ());
+    let on_progress = load.on_progress.as_mut().unwrap_or(&mut no_progress);
+    let mut bytes = 0;
+    let decoder = Decoder::load(backend, opened.spec, opened.source.as_mut(), plan.limits, &mut |progress| {
+        bytes = progress.bytes_total;
+        let (bytes_done, bytes_total) = (progress.bytes_done, progress.bytes_total);
+        on_progress(Progress { phase: LoadPhase::Weights, bytes_done, bytes_total });
+    })?;
+    let spec = decoder.spec();
+    let cache_spec = spec.kv_cache(settings.block_size, plan.num_blocks, settings.kv_cache.dtype());
+    let cache = decoder.backend().kv_cache(&cache_spec)?;
+    let model = ModelInfo {
+        architecture: spec.architecture.clone(),
+        num_parameters: spec.num_parameters(),
+        vocab_size: spec.vocab_size,
+        context: plan.estimate.context,
+        device,
+        weight_bytes: plan.estimate.weight_bytes,
+        kv_cache_bytes: plan.estimate.kv_cache_bytes,
+        kv_cache_tokens: plan.estimate.kv_cache_tokens,
+    };
+    let scheduler = Scheduler::new(Limits {
+        token_budget: settings.max_step_tokens,
+        max_running: settings.max_batch.min(plan.limits.max_logit_rows),
+        max_chunk: settings.max_chunk,
+        max_all_logits: plan.limits.max_logit_rows.saturating_sub(settings.max_batch).max(1),
+        num_blocks: plan.num_blocks,
+        block_size: settings.block_size,
+        prefix_cache: settings.prefix_cache,
+        hash_seed: RandomState::new().hash_one(0),
+    })?;
+    let tokenizer = match tokenizer {
+        Some(thread) => {
+            Some(Arc::new(thread.join().map_err(|_| Error::internal("reading the tokenizer panicked"))??))
+        }
+        None => None,
+    };
+
+    let hub = Hub::new(settings.max_queued);
+    let (calls, incoming) = mpsc::channel();
+    let (commands, obeyed) = mpsc::channel::<Command>();
+    let front = Front { tokenizer: tokenizer.clone(), defaults: opened.defaults, model: model.clone() };
+    let to_steps = commands.clone();
+    std::thread::Builder::new()
+        .name("dashinfer-front".to_owned())
+        .spawn(move || front.run(&incoming, &to_steps))
+        .map_err(|error| Error::internal(&format!("no thread for requests: {error}")))?;
+    on_progress(Progress { phase: LoadPhase::Ready, bytes_done: bytes, bytes_total: bytes });
+
+    let executor = LocalExecutor::new(decoder, cache);
+    let (vocab_size, block_size) = (model.vocab_size, settings.block_size);
+    let steps = StepLoop::new(executor, scheduler, obeyed, Arc::clone(&hub), vocab_size, block_size);
+    let shared = Shared {
+        calls,
+        commands,
+        hub,
+        next_request: AtomicU64::new(0),
+        stream_buffer: settings.stream_buffer,
+        max_in_flight: settings.max_batch.saturating_mul(2),
+        model,
+        tokenizer,
+        ended,
+    };
+    Ok((Engine { shared: Arc::new(shared) }, steps))
+}
