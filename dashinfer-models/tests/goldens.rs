@@ -2,6 +2,7 @@
 //!
 //! `goldens/README.md` says where the numbers come from and why the bounds are what they are. Each case runs whole, in
 //! chunks, token by token, and in one batch; the bounds are the same. Every folder in `goldens` is a case.
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod common;
 
