@@ -28,6 +28,9 @@ impl ForwardBatch {
     /// [`BatchError`], for the first thing that is wrong.
     pub fn check(&self, spec: &ModelSpec, cache: &KvCacheSpec) -> Result<(), BatchError> {
         let num_rows = self.num_rows();
+        if cache.block_size == 0 {
+            return Err(BatchError::Count { what: "tokens in a cache block", wanted: 1, found: 0 });
+        }
         count("positions", num_rows, self.paged.positions.len())?;
         count("slots", num_rows, self.paged.slots.len())?;
         self.check_ids(spec)?;
@@ -163,6 +166,13 @@ mod tests {
     fn a_batch_that_fits_passes() {
         check(|_| (), "");
         check(|batch| batch.logit_rows.clear(), "");
+    }
+
+    #[test]
+    fn a_cache_without_slots_is_refused() {
+        let spec = config("LlamaForCausalLM", json!({})).to_spec().unwrap();
+        let error = batch().check(&spec, &spec.kv_cache(0, 8, DType::F32)).unwrap_err();
+        assert_eq!(error.to_string(), "batch: tokens in a cache block should be 1, found 0");
     }
 
     #[test]

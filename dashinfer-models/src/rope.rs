@@ -13,6 +13,7 @@ const SUPPORTED: &str = "default, linear, llama3, yarn";
 
 /// One rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct RopeSpec {
     /// The base of the frequencies.
     pub theta: f64,
@@ -26,6 +27,7 @@ pub struct RopeSpec {
 
 /// How the frequencies are changed to reach further than the training context did.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum RopeScaling {
     /// Not at all.
     None,

@@ -45,6 +45,7 @@ pub struct ModelSpec {
 
 /// Grouped-query attention. <https://arxiv.org/abs/2305.13245>
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Attention {
     /// Query heads, `H`.
     pub num_heads: usize,
@@ -62,6 +63,7 @@ pub struct Attention {
 
 /// The gated feed-forward layer: `down(silu(gate(x)) · up(x))`. <https://arxiv.org/abs/2002.05202>
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Mlp {
     /// Inner size, `F`.
     pub size: usize,
@@ -71,6 +73,7 @@ pub struct Mlp {
 
 /// What one layer has of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LayerSpec {
     /// With `Some(w)`, a position sees itself and the `w - 1` before it; with `None`, all.
     pub window: Option<usize>,

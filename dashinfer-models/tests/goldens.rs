@@ -2,6 +2,7 @@
 //!
 //! `goldens/README.md` says where the numbers come from and why the bounds are what they are. Each case runs whole, in
 //! chunks, token by token, and in one batch; the bounds are the same. Every folder in `goldens` is a case.
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod common;
 
@@ -15,7 +16,9 @@ use common::{
     sequences::{Runner, Wanted},
 };
 use dashinfer_kernels::{Backend, DType};
-use dashinfer_models::{Checkpoint, Decoder, ModelSpec, StepLimits};
+use dashinfer_models::{
+    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, StepLimits, panel_bytes,
+};
 use safetensors::SafeTensors;
 
 /// Bounds of a path that computes in f32, in units of the largest logit of the case.
@@ -213,6 +216,28 @@ fn check_hidden_states<B: Backend>(backend: fn() -> B) {
             let largest = wanted.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
             case.assert_within(&found.concat(), wanted, LOGITS * largest, &format!("hidden state {layer}"));
         }
+    }
+}
+
+#[test]
+fn every_case_names_its_end_tokens() {
+    for case in cases() {
+        let config = HfConfig::read(&case.folder).unwrap();
+        let generation = GenerationConfig::read(&case.folder, &config).unwrap();
+        assert!(!generation.eos_token_ids.is_empty(), "{}", case.name());
+    }
+}
+
+#[test]
+fn an_estimate_is_a_little_more_than_the_file() {
+    let limits = StepLimits { max_tokens: 16, max_logit_rows: 1 };
+    for case in cases() {
+        let spec = ModelSpec::read(&case.folder).unwrap();
+        let checkpoint = Checkpoint::open(&case.folder).unwrap();
+        let estimate = MemoryEstimate::new(&spec, &checkpoint, DType::F32, limits, &panel_bytes).unwrap();
+        let stored = checkpoint.data_bytes();
+        // More, by norms and biases in f32 and rows padded to 16.
+        assert!((stored..stored + stored / 10).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());
     }
 }
 

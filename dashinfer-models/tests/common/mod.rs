@@ -1,4 +1,5 @@
 //! What the integration tests share.
+#![allow(dead_code)] // no test uses all of it
 
 pub(crate) mod reference;
 pub(crate) mod sequences;

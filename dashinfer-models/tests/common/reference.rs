@@ -29,11 +29,14 @@ pub(crate) struct Tensor {
     data: Vec<f32>,
 }
 
-/// `[layer][slot]`: key and value of all heads; `None` until written.
+/// Key and value of all heads.
+type Slot = (Vec<f32>, Vec<f32>);
+
+/// `[layer][slot]`; `None` until written.
 #[derive(Debug)]
 pub(crate) struct Cache {
     block_size: usize,
-    layers: Vec<Vec<Option<(Vec<f32>, Vec<f32>)>>>,
+    layers: Vec<Vec<Option<Slot>>>,
 }
 
 fn check(op: &'static str, what: &'static str, wanted: usize, found: usize) -> Result<(), KernelError> {
