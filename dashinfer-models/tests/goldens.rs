@@ -15,6 +15,7 @@ use common::{
     reference::Reference,
     sequences::{Runner, Wanted},
 };
+use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
     Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, StepLimits, panel_bytes,
@@ -291,3 +292,5 @@ macro_rules! goldens {
 }
 
 goldens!(reference, Reference::default);
+goldens!(cpu, || CpuBackend::new(&CpuConfig::default()).unwrap());
+goldens!(cpu_scalar, || CpuBackend::new(&CpuConfig { isa: Some(Isa::Scalar), ..CpuConfig::default() }).unwrap());

@@ -33,8 +33,8 @@ pub use engine::{
 };
 pub use error::Error;
 pub use output::{Chunk, Completion, Finish, FinishReason, TokenLogprob, Usage};
-pub use request::{MAX_LOGPROBS, MAX_STOPS, Prompt, Request, RequestError};
 pub(crate) use request::{GenerationDefaults, ModelFacts, Resolved};
+pub use request::{MAX_LOGPROBS, MAX_STOPS, Prompt, Request, RequestError};
 pub use text::{
     ChatOptions, ChatTemplate, Detokenizer, Message, SpecialTokens, StopMatcher, TemplateError, Tokenizer,
     TokenizerError,

@@ -53,7 +53,9 @@ impl BatchBuilder {
             batch.ids.extend_from_slice(&sequence.tokens()[work.start..context_len]);
             for position in work.start..context_len {
                 paged.positions.push(position as u32);
-                paged.slots.push(table[position / *block_size].0 * *block_size as u32 + (position % *block_size) as u32);
+                paged
+                    .slots
+                    .push(table[position / *block_size].0 * *block_size as u32 + (position % *block_size) as u32);
             }
             let num_blocks = context_len.div_ceil(*block_size);
             paged.sequences.push(SequenceRows {

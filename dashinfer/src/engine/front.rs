@@ -47,7 +47,8 @@ impl Front {
                             detokenizer
                         });
                         let new = NewRequest { resolved, writer, arrived, detokenizer };
-                        if let Err(mpsc::SendError(Command::Generate(new))) = steps.send(Command::Generate(Box::new(new)))
+                        if let Err(mpsc::SendError(Command::Generate(new))) =
+                            steps.send(Command::Generate(Box::new(new)))
                         {
                             new.writer.fail(Error::Closed);
                         }

@@ -493,9 +493,7 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
         hash_seed: RandomState::new().hash_one(0),
     })?;
     let tokenizer = match tokenizer {
-        Some(thread) => {
-            Some(Arc::new(thread.join().map_err(|_| Error::internal("reading the tokenizer panicked"))??))
-        }
+        Some(thread) => Some(Arc::new(thread.join().map_err(|_| Error::internal("reading the tokenizer panicked"))??)),
         None => None,
     };
 

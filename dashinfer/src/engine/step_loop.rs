@@ -145,8 +145,7 @@ impl<E: Executor> StepLoop<E> {
             Command::PromptLogits { tokens, answer } => {
                 let values = vec![0.0; tokens.len() * self.vocab_size];
                 let max_total_tokens = tokens.len();
-                let new =
-                    NewSequence { tokens, max_total_tokens, priority: 0, want_all_logits: true, cache_salt: 0 };
+                let new = NewSequence { tokens, max_total_tokens, priority: 0, want_all_logits: true, cache_salt: 0 };
                 match self.scheduler.add(new) {
                     Ok(seq) => drop(self.live.insert(seq, Live::PromptLogits { values, answer })),
                     // Whoever has gone needs no answer.
@@ -214,7 +213,8 @@ impl<E: Executor> StepLoop<E> {
         self.batch.build(&self.scheduler);
         let mut rows = Vec::with_capacity(self.batch.sampled().len());
         for &(seq, logits_row) in self.batch.sampled() {
-            let (Some(sequence), Some(Live::Continuation(live))) = (self.scheduler.get(seq), self.live.get(&seq)) else {
+            let (Some(sequence), Some(Live::Continuation(live))) = (self.scheduler.get(seq), self.live.get(&seq))
+            else {
                 return Err(Error::internal("a sequence without a request was planned to be sampled"));
             };
             let (prompt, generated) = sequence.tokens().split_at(sequence.prompt_len());

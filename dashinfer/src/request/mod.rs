@@ -6,7 +6,7 @@ mod resolve;
 use serde::{Deserialize, Serialize};
 
 pub use error::RequestError;
-pub use resolve::{GenerationDefaults, ModelFacts, Resolved};
+pub(crate) use resolve::{GenerationDefaults, ModelFacts, Resolved};
 
 use crate::text::{ChatOptions, Message};
 

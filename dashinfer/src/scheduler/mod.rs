@@ -52,8 +52,7 @@ mod sequence;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use block_pool::{BlockCounts, BlockId};
 pub(crate) use limits::{Limits, SchedulerError};
-pub(crate) use plan::{StepPlan, Work};
-pub(crate) use scheduler::{Scheduler, Stats};
-pub(crate) use sequence::{NewSequence, SeqId, Sequence};
+pub(crate) use plan::Work;
+pub(crate) use scheduler::Scheduler;
+pub(crate) use sequence::{NewSequence, SeqId};
