@@ -314,6 +314,7 @@ unsafe fn broadcast_product<const TYPE: u8>(
 ///
 /// # Safety
 /// As there.
+#[inline(never)] // as for dense products: a function of its own keeps its accumulators in registers
 #[target_feature(enable = "avx2,fma,f16c")]
 #[expect(clippy::too_many_arguments, reason = "as for its caller")]
 unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(

@@ -70,14 +70,21 @@ impl PackedMatrix {
         pool.run(panels, &|panel, _| {
             // SAFETY: panels are disjoint, each is `panel_bytes` long, and all lie within `data`.
             let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes) };
-            for lane in 0..PANEL.min(rows - panel * PANEL) {
+            let row_bytes = cols * dtype.size_bytes();
+            let sources = (0..PANEL.min(rows - panel * PANEL)).map(|lane| {
                 let row = panel * PANEL + lane;
                 let at = ends.partition_point(|(first_row, _)| *first_row <= row) - 1;
                 // Parts without rows share their first row with the part behind them, which is the one found.
                 let (first_row, part) = ends[at];
-                let row_bytes = cols * dtype.size_bytes();
-                let source = &part.bytes[(row - first_row) * row_bytes..][..row_bytes];
-                scatter(out, source, dtype, lane);
+                &part.bytes[(row - first_row) * row_bytes..][..row_bytes]
+            });
+            // A stretch of all rows at a time, so that the part of the panel which they share stays in the L1 cache.
+            let stretch = 256 * dtype.size_bytes();
+            for (index, out) in out.chunks_mut(stretch * PANEL).enumerate() {
+                for (lane, source) in sources.clone().enumerate() {
+                    let source = &source[index * stretch..row_bytes.min((index + 1) * stretch)];
+                    scatter(out, source, dtype, lane);
+                }
             }
         });
         Ok(Self { rows, cols, dtype, data, bias: padded_bias })
