@@ -35,9 +35,11 @@ pub fn golden_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// Loads on two threads, the number that the machines of these tests have at least.
+/// Loads, to compute on one thread: tests run beside each other already, and threads of a pool that wait for cores which
+/// others have are slow.
+#[track_caller]
 pub fn load(load: Load) -> Engine {
-    load.threads(2).blocking().unwrap()
+    load.threads(1).blocking().unwrap()
 }
 
 /// What the reference implementation says.
