@@ -151,7 +151,8 @@ struct Settings {
     block_size: usize,
     prefix_cache: bool,
     stream_buffer: usize,
-    pool: PoolConfig,
+    threads: Option<usize>,
+    cores: Vec<usize>,
 }
 
 impl Default for Settings {
@@ -169,8 +170,36 @@ impl Default for Settings {
             block_size: 32,
             prefix_cache: true,
             stream_buffer: 64,
-            pool: PoolConfig::default(),
+            threads: None,
+            cores: Vec::new(),
         }
+    }
+}
+
+impl Settings {
+    /// Counts that size buffers have an upper bound too, far above what is of use, so that no later sum of them overflows.
+    fn check(&self) -> Result<(), Error> {
+        let counts = [
+            ("max_batch", self.max_batch, 1..=1 << 20, "1 to 1048576"),
+            ("max_step_tokens", self.max_step_tokens, 1..=1 << 20, "1 to 1048576"),
+            ("max_chunk", self.max_chunk.unwrap_or(1), 1..=usize::MAX, "at least 1"),
+            ("max_context", self.max_context.unwrap_or(1), 1..=usize::MAX, "at least 1"),
+            ("stream_buffer", self.stream_buffer, 1..=1 << 20, "1 to 1048576"),
+            ("threads", self.threads.unwrap_or(1), 1..=1024, "1 to 1024"),
+        ];
+        for (name, found, range, wanted) in counts {
+            if !range.contains(&found) {
+                return Err(Error::Setting { name, found, wanted });
+            }
+        }
+        if ![16, 32, 64, 128].contains(&self.block_size) {
+            return Err(Error::Setting { name: "block_size", found: self.block_size, wanted: "16, 32, 64 or 128" });
+        }
+        Ok(())
+    }
+
+    fn pool(&self) -> PoolConfig {
+        PoolConfig { threads: self.threads.and_then(NonZeroUsize::new), cores: self.cores.clone() }
     }
 }
 
@@ -258,14 +287,13 @@ impl Load {
 
     /// Threads that compute. Default: one for each core that the process may use.
     pub fn threads(mut self, threads: usize) -> Self {
-        // Zero is refused when the settings are checked.
-        self.settings.pool.threads = NonZeroUsize::new(threads);
+        self.settings.threads = Some(threads);
         self
     }
 
     /// Binds the computing threads to cores, in turn. Default: the system places them. Linux only.
     pub fn cores(mut self, cores: impl Into<Vec<usize>>) -> Self {
-        self.settings.pool.cores = cores.into();
+        self.settings.cores = cores.into();
         self
     }
 
@@ -293,22 +321,7 @@ impl Load {
 
     fn plan(&self, opened: &Opened) -> Result<Plan, Error> {
         let set = &self.settings;
-        let at_least_one = [
-            ("max_batch", set.max_batch),
-            ("max_step_tokens", set.max_step_tokens),
-            ("max_chunk", set.max_chunk.unwrap_or(1)),
-            ("max_context", set.max_context.unwrap_or(1)),
-            ("stream_buffer", set.stream_buffer),
-        ];
-        for (name, found) in at_least_one {
-            if found == 0 {
-                return Err(Error::Setting { name, found, wanted: "at least 1" });
-            }
-        }
-        if ![16, 32, 64, 128].contains(&set.block_size) {
-            let found = set.block_size;
-            return Err(Error::Setting { name: "block_size", found, wanted: "16, 32, 64 or 128" });
-        }
+        set.check()?;
         let context = set.max_context.map_or(opened.spec.max_positions, |max| max.min(opened.spec.max_positions));
         let limits = StepLimits {
             max_tokens: set.max_step_tokens,
@@ -458,7 +471,7 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
     };
 
     let backend = match settings.device {
-        Device::Auto | Device::Cpu => CpuBackend::new(&CpuConfig { pool: settings.pool.clone(), isa: None })?,
+        Device::Auto | Device::Cpu => CpuBackend::new(&CpuConfig { pool: settings.pool(), isa: None })?,
     };
     let device = backend.name();
     let mut no_progress: OnProgress = Box::new(|_| ());

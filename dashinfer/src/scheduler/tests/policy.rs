@@ -1,6 +1,7 @@
 //! Each rule by example.
 
 use super::*;
+use crate::scheduler::block_pool::BlockCounts;
 
 /// A scheduler whose invariants are checked after each call, and whose model samples zeros.
 struct Loop(Scheduler);
