@@ -13,3 +13,8 @@ pub use history::History;
 
 /// The model that comes with the workspace: 7 million parameters, and writes what looks like Rust's documentation.
 pub const BUNDLED_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/ferris-7m");
+
+/// Compiles the program of the workspace's front page.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
