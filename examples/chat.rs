@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, reason = "a conversation is output")]
 
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::pin::pin;
 
 use dashinfer::{ChatOptions, Engine, Error, FinishReason, Message, Request, RequestError};
@@ -34,12 +35,12 @@ async fn main() -> Result<(), Failure> {
     let mut history = History::new(args.option("--system")?);
     let max_tokens: usize = args.option("--max-tokens")?.unwrap_or(400);
     let temperature = args.option("--temperature")?;
-    let threads = args.option("--threads")?;
+    let threads = args.option::<NonZeroUsize>("--threads")?;
     args.end()?;
 
     let mut load = Engine::load(model);
     if let Some(threads) = threads {
-        load = load.threads(threads);
+        load = load.threads(threads.get());
     }
     let engine = load.await?;
     let max_prompt = engine.model().context.saturating_sub(max_tokens);

@@ -5,6 +5,7 @@
 //! ```
 
 use std::io::{IsTerminal, Write};
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use dashinfer::{Engine, Request, Usage};
@@ -31,6 +32,10 @@ Collection types. Rust’s standard collection library provides efficient implem
 programming data structures. By using the standard implementations, it should be possible for two libraries to communicate \
 without significant data conversion.
 
+To get this out of the way: you should probably just use `Vec` or `HashMap`. These two collections cover most use cases for generic \
+data storage and processing. They are exceptionally good at doing what they do. All the other collections in the standard \
+library have specific use cases where they are the optimal choice, but these cases are borderline niche in comparison.
+
 ";
 
 const SUBJECTS: [&str; 8] =
@@ -50,7 +55,7 @@ async fn main() -> Result<(), Failure> {
     let max_tokens = args.option("--max-tokens")?.unwrap_or(64);
     let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
     let memory_limit = args.option("--memory-limit")?;
-    let threads = args.option("--threads")?;
+    let threads = args.option::<NonZeroUsize>("--threads")?;
     args.end()?;
 
     let mut load = Engine::load(model);
@@ -58,7 +63,7 @@ async fn main() -> Result<(), Failure> {
         load = load.memory_limit(limit);
     }
     if let Some(threads) = threads {
-        load = load.threads(threads);
+        load = load.threads(threads.get());
     }
     let engine = load.await?;
 

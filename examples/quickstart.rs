@@ -5,6 +5,7 @@
 //! ```
 
 use std::io::Write;
+use std::num::NonZeroUsize;
 
 use dashinfer::{Engine, Request};
 use examples::{Args, BUNDLED_MODEL, Failure};
@@ -16,22 +17,22 @@ Goes on from a prompt, and shows the text as it is generated.
 quickstart [PROMPT] [--model FOLDER] [--max-tokens N] [--threads N]
 
   --model FOLDER   a Hugging Face checkpoint (default: the bundled model)
-  --max-tokens N   stop after so many (default: 200)
+  --max-tokens N   stop after so many (default: 180)
   --threads N      threads that compute (default: one for each core)";
 
-const PROMPT: &str = "# Final Project: Building a Multithreaded Web Server\n\nIt’s been a long journey, but we’ve reached the end of the";
+const PROMPT: &str = "Concurrency in Rust means that";
 
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
     let mut args = Args::from_env(USAGE);
     let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
-    let max_tokens = args.option("--max-tokens")?.unwrap_or(200);
-    let threads = args.option("--threads")?;
+    let max_tokens = args.option("--max-tokens")?.unwrap_or(180);
+    let threads = args.option::<NonZeroUsize>("--threads")?;
     let prompt = args.text()?.unwrap_or_else(|| PROMPT.to_owned());
 
     let mut load = Engine::load(model);
     if let Some(threads) = threads {
-        load = load.threads(threads);
+        load = load.threads(threads.get());
     }
     let engine = load.await?;
 

@@ -5,6 +5,7 @@
 //! ```
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use dashinfer::{Device, Engine};
@@ -38,7 +39,7 @@ async fn main() -> Result<(), Failure> {
         None | Some("none") => {}
         Some(other) => return Err(format!("unsupported: quantization `{other}` (supported: none)").into()),
     }
-    let threads = args.option("--threads")?;
+    let threads = args.option::<NonZeroUsize>("--threads")?;
     let model = PathBuf::from(args.word("MODEL_DIR")?);
     let input = PathBuf::from(args.word("IN.safetensors")?);
     let output = PathBuf::from(args.word("OUT.safetensors")?);
@@ -51,7 +52,7 @@ async fn main() -> Result<(), Failure> {
     let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
     let mut load = Engine::load(model).device(device).max_context(longest + GREEDY_TOKENS);
     if let Some(threads) = threads {
-        load = load.threads(threads);
+        load = load.threads(threads.get());
     }
     let engine = load.await?;
     let scored = score(&engine, prompts).await?;

@@ -72,7 +72,7 @@ pub struct Scored {
 /// # Errors
 /// If the bytes are no safetensors file; [`InputError`].
 pub fn read_prompts(bytes: &[u8]) -> Result<Vec<Prompt>, Failure> {
-    let tensors = SafeTensors::deserialize(bytes)?;
+    let tensors = SafeTensors::deserialize(bytes).map_err(|error| format!("no safetensors file: {error}"))?;
     let mut prompts = Vec::new();
     for (name, tensor) in tensors.iter() {
         let Some(number) = name.strip_prefix("prompt_").and_then(|rest| rest.strip_suffix("_ids")) else { continue };
