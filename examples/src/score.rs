@@ -1,7 +1,9 @@
 //! Logits and greedy continuations of token sequences, from file to file: what another implementation is compared with.
 
 use std::borrow::Cow;
+use std::error::Error;
 use std::fmt;
+use std::fs::{self, File};
 use std::path::Path;
 
 use dashinfer::{Engine, PromptLogits, Request};
@@ -45,7 +47,7 @@ impl fmt::Display for InputError {
     }
 }
 
-impl std::error::Error for InputError {}
+impl Error for InputError {}
 
 /// One prompt of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,8 +133,13 @@ pub fn write(path: &Path, scored: &[Scored]) -> Result<(), Failure> {
             (format!("{name}_greedy_ids"), Tensor { values: Values::Ids(greedy_ids), shape: vec![greedy_ids.len()] }),
         ]
     });
-    safetensors::serialize_to_file(tensors, None, path)
-        .map_err(|error| format!("cannot write {}: {error}", path.display()).into())
+    let cannot = |error: &dyn Error| format!("cannot write {}: {error}", path.display());
+    // The library writes a temporary file, which nobody else may read, and renames it. So the usual permissions come from here.
+    let permissions =
+        File::create(path).and_then(|file| file.metadata()).map_err(|error| cannot(&error))?.permissions();
+    safetensors::serialize_to_file(tensors, None, path).map_err(|error| cannot(&error))?;
+    fs::set_permissions(path, permissions).map_err(|error| cannot(&error))?;
+    Ok(())
 }
 
 /// A tensor that becomes bytes only when it is written.
