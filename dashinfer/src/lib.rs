@@ -1,24 +1,74 @@
 //! LLM inference that lives inside your program.
 //!
 //! ```
-//! use dashinfer::{Engine, Request};
+//! use dashinfer::{Engine, Message, Request};
 //! use futures::StreamExt;
 //!
 //! # fn main() -> Result<(), dashinfer::Error> { futures::executor::block_on(run()) }
 //! # async fn run() -> Result<(), dashinfer::Error> {
 //! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/models/ferris-7m");
 //! let engine = Engine::load(folder).await?;
-//! let mut tokens = engine.generate(Request::text("Returns the number of").max_tokens(20));
+//! let question = Message::user("Explain error E0382.");
+//! let mut tokens = engine.generate(Request::chat([question]).max_tokens(40));
 //! while let Some(chunk) = tokens.next().await {
-//!     print!("{}", chunk?.text);
+//!     let chunk = chunk?;
+//!     print!("{}", chunk.text);
+//!     if let Some(finish) = chunk.finish {
+//!         println!("\n{} tokens, ended by {:?}", finish.usage.generated_tokens, finish.reason);
+//!     }
 //! }
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! [`Engine::load`] reads a Hugging Face folder and starts the engine's threads. [`Engine::generate`] takes a [`Request`] (text,
-//! chat messages or token ids) and gives a [`TokenStream`]; requests are batched continuously, and dropping a stream cancels its
-//! request. It runs on any async executor, or on none ([`Engine::blocking`]).
+//! [`Engine::load`] reads a Hugging Face folder (`config.json`, safetensors, `tokenizer.json`) and starts the engine's threads.
+//! [`Engine::generate`] takes a [`Request`] (text, chat messages or token ids) and gives a [`TokenStream`]; dropping it cancels the
+//! request. It runs on any async executor, or on none ([`Engine::blocking`]): nothing is computed on the caller's threads.
+//!
+//! # Many requests
+//!
+//! Requests are batched continuously: those that decode and those whose prompts are being read share steps. Clone the
+//! [`Engine`], a handle, into as many tasks as there are, or give it a stream of requests:
+//!
+//! ```
+//! # use dashinfer::{Engine, Request};
+//! # use futures::{StreamExt, stream};
+//! # fn main() -> Result<(), dashinfer::Error> { futures::executor::block_on(run()) }
+//! # async fn run() -> Result<(), dashinfer::Error> {
+//! # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/models/ferris-7m");
+//! # let engine = Engine::load(folder).await?;
+//! let requests = (1..=9).map(|i| Request::text(format!("Example {i} of")).max_tokens(8));
+//! let mut texts = vec![String::new(); 9];
+//! let mut chunks = engine.generate_stream(stream::iter(requests));
+//! while let Some(tagged) = chunks.next().await {
+//!     texts[tagged.index].push_str(&tagged.chunk?.text);
+//! }
+//! # assert!(texts.iter().all(|text| !text.is_empty()));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`Engine::generate`] queues without bound, [`Engine::try_generate`] refuses when the queue is full, and
+//! [`Engine::generate_stream`] takes a request when there is room for it. A reader that is late pauses its own request and slows
+//! nobody else.
+//!
+//! # What holds
+//!
+//! - A request's tokens do not depend on what it is batched with, on the prefix cache, on preemption or on the number of threads.
+//! - [`Load::memory_limit`] bounds weights, activations and KV cache together. [`Load::estimate`] says what they would take.
+//! - When the KV cache is full, sequences wait or are computed again later; none fails.
+//! - Several engines live in one process and share nothing. An idle one uses no CPU.
+//! - What a checkpoint asks for and is not implemented is refused by name when it is loaded.
+//!
+//! # What runs
+//!
+//! Dense models of the Llama, Mistral, Qwen2 (and 2.5) and Qwen3 families, with weights in f32, f16 or bf16, on the CPU: with kernels for
+//! AVX2 where the machine has it, else with plain code that is much slower. There is no GPU backend and no quantization yet.
+//!
+//! # Features
+//!
+//! `x86` and `arm`, both on by default, compile kernels for these architectures, each on its own only; instruction sets are
+//! chosen at run time. (`arm` has none yet.) Without them the plain code runs.
 
 mod engine;
 mod error;

@@ -1,0 +1,60 @@
+//! Goes on from a prompt, and shows the text as it is generated.
+//!
+//! ```console
+//! $ cargo run --release --example quickstart -- "Creates a new" --max-tokens 50
+//! ```
+
+use std::io::Write;
+use std::num::NonZeroUsize;
+
+use dashinfer::{Engine, Request};
+use examples::{Args, BUNDLED_MODEL, Failure};
+use futures::StreamExt;
+
+const USAGE: &str = "\
+Goes on from a prompt, and shows the text as it is generated.
+
+quickstart [PROMPT] [--model FOLDER] [--max-tokens N] [--threads N]
+
+  --model FOLDER   a Hugging Face checkpoint (default: the bundled model)
+  --max-tokens N   stop after so many (default: 180)
+  --threads N      threads that compute (default: one for each core)";
+
+const PROMPT: &str = "Concurrency in Rust means that";
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    let mut args = Args::from_env(USAGE);
+    let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
+    let max_tokens = args.option("--max-tokens")?.unwrap_or(180);
+    let threads = args.option::<NonZeroUsize>("--threads")?;
+    let prompt = args.text()?.unwrap_or_else(|| PROMPT.to_owned());
+
+    let mut load = Engine::load(model);
+    if let Some(threads) = threads {
+        load = load.threads(threads.get());
+    }
+    let engine = load.await?;
+
+    let mut out = std::io::stdout();
+    write!(out, "{prompt}")?;
+    out.flush()?;
+    let mut tokens = engine.generate(Request::text(prompt).max_tokens(max_tokens));
+    while let Some(chunk) = tokens.next().await {
+        let chunk = chunk?;
+        write!(out, "{}", chunk.text)?;
+        out.flush()?;
+        if let Some(finish) = chunk.finish {
+            writeln!(out)?;
+            let usage = finish.usage;
+            // The first token is the prompt's; the others are decoded one after another.
+            let decoding = (usage.total - usage.time_to_first_token).as_secs_f64();
+            let per_second = (usage.generated_tokens - 1) as f64 / decoding.max(f64::EPSILON);
+            eprintln!(
+                "\n{} tokens after a prompt of {}: the first in {:.1?}, then {per_second:.0} tokens/s",
+                usage.generated_tokens, usage.prompt_tokens, usage.time_to_first_token,
+            );
+        }
+    }
+    Ok(())
+}

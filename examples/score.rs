@@ -1,0 +1,64 @@
+//! Scores token sequences: logits of every position and a greedy continuation of each, from file to file.
+//!
+//! ```console
+//! $ cargo run --release --example score -- MODEL_DIR in.safetensors out.safetensors
+//! ```
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use dashinfer::{Device, Engine};
+use examples::score::{GREEDY_TOKENS, read_prompts, score, write};
+use examples::{Args, Failure};
+
+const USAGE: &str = "\
+Scores token sequences: logits of every position and a greedy continuation of each.
+
+score MODEL_DIR IN.safetensors OUT.safetensors [--device cpu] [--quantize none] [--threads N]
+
+For each tensor `prompt_i_ids` (int64, [T]) of IN, OUT gets
+  prompt_i_logits      float32, [T, V]: the logits of every position
+  prompt_i_greedy_ids  int64, [32]: the most likely tokens after the prompt, end tokens included.
+                       Fewer where the model's context ends before, which is said on stderr.
+Other tensors of IN are ignored, so the expected outputs of a golden can be its input. All logits are in memory at once.
+
+  --device D       auto or cpu
+  --quantize Q     none: weights are used as they are stored
+  --threads N      threads that compute (default: one for each core)";
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    let mut args = Args::from_env(USAGE);
+    let device = match args.option::<String>("--device")?.as_deref() {
+        None | Some("auto") => Device::Auto,
+        Some("cpu") => Device::Cpu,
+        Some(other) => return Err(format!("unsupported: device `{other}` (supported: auto, cpu)").into()),
+    };
+    match args.option::<String>("--quantize")?.as_deref() {
+        None | Some("none") => {}
+        Some(other) => return Err(format!("unsupported: quantization `{other}` (supported: none)").into()),
+    }
+    let threads = args.option::<NonZeroUsize>("--threads")?;
+    let model = PathBuf::from(args.word("MODEL_DIR")?);
+    let input = PathBuf::from(args.word("IN.safetensors")?);
+    let output = PathBuf::from(args.word("OUT.safetensors")?);
+    args.end()?;
+
+    let bytes = fs::read(&input).map_err(|error| format!("cannot read {}: {error}", input.display()))?;
+    let prompts = read_prompts(&bytes).map_err(|error| format!("{}: {error:?}", input.display()))?;
+
+    // The cache must hold one sequence of the whole context: no more of that than is needed.
+    let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
+    let mut load = Engine::load(model).device(device).max_context(longest + GREEDY_TOKENS);
+    if let Some(threads) = threads {
+        load = load.threads(threads.get());
+    }
+    let engine = load.await?;
+    let scored = score(&engine, prompts).await?;
+    for scored in scored.iter().filter(|scored| scored.greedy_ids.len() < GREEDY_TOKENS) {
+        let (name, found, context) = (&scored.name, scored.greedy_ids.len(), engine.model().context);
+        eprintln!("{name}: {found} greedy tokens, not {GREEDY_TOKENS}: the model's context of {context} ends there");
+    }
+    write(&output, &scored)
+}
