@@ -1,4 +1,6 @@
 //! Benchmarks of dashinfer, and what they compare with: the limits of the machine and the memory of the process.
 
+pub mod arguments;
 pub mod machine;
 pub mod rss;
+pub mod work;

@@ -8,6 +8,8 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
 
+use dashinfer_kernels::cpu::Isa;
+
 /// Repetitions, of which the best counts: whatever disturbs a measurement makes it slower.
 const NUM_ROUNDS: usize = 5;
 
@@ -66,44 +68,70 @@ fn cache_bytes(size: &str) -> Option<usize> {
     size.strip_suffix('K')?.parse::<usize>().ok()?.checked_mul(1024)
 }
 
-/// Multiplications and additions per second, in `f32`, of `threads` threads together (0 counts as 1).
+/// Multiplications and additions per second, in `f32`, of `threads` threads together (0 counts as 1), with the instructions
+/// that the CPU kernels choose on this machine: what their products can reach.
 ///
 /// A fused multiply-add counts as two. Each thread repeats `a = a · m + c` on enough independent registers to fill its
-/// pipelines, with no memory involved: the bound of a matrix product in `f32`. It is the best of the vector widths that
-/// this CPU has: AVX-512 and AVX2 with FMA, chosen at run time; else what the compiler makes of a plain loop (NEON on
-/// Arm).
+/// pipelines, with no memory involved: the bound of a matrix product in `f32`. [`peak_flops_by_isa`] says what other
+/// instructions would give.
 #[must_use]
 pub fn peak_flops(threads: usize) -> f64 {
-    // Some 20 ms per round.
-    peak_flops_of(threads, 10_000_000)
+    match Isa::best() {
+        Isa::Scalar => peak_flops_of(threads, NUM_STEPS, |isa| isa == PLAIN),
+        Isa::Avx2 => peak_flops_of(threads, NUM_STEPS, |isa| isa == AVX2),
+        // Kernels newer than these lines: the best that is known here.
+        _ => peak_flops_of(threads, NUM_STEPS, |_| true),
+    }
 }
 
-fn peak_flops_of(threads: usize, num_steps: usize) -> f64 {
-    variants()
-        .iter()
-        .map(|variant| {
-            let amount = (2 * variant.num_values * num_steps) as f64;
-            let work = |(): &()| {
-                black_box((variant.run)(num_steps));
-            };
-            best_rate(threads, amount, || (), work)
-        })
-        .fold(0.0, f64::max)
+/// [`peak_flops`] of every vector width that this CPU has, by name: `plain` is what the compiler makes of a plain loop (NEON
+/// on Arm), `avx2` is with FMA.
+#[must_use]
+pub fn peak_flops_by_isa(threads: usize) -> Vec<(&'static str, f64)> {
+    variants().iter().map(|variant| (variant.isa, variant.rate(threads, NUM_STEPS))).collect()
 }
+
+/// Some 20 ms per round.
+const NUM_STEPS: usize = 10_000_000;
+
+fn peak_flops_of(threads: usize, num_steps: usize, wanted: impl Fn(&str) -> bool) -> f64 {
+    let variants = variants();
+    variants.iter().filter(|variant| wanted(variant.isa)).map(|v| v.rate(threads, num_steps)).fold(0.0, f64::max)
+}
+
+const PLAIN: &str = "plain";
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "a CPU without it has no kernels for it"))]
+const AVX2: &str = "avx2";
 
 /// A loop that does `num_values` multiply-adds per step, and returns something that depends on all of them.
 struct Variant {
+    isa: &'static str,
     num_values: usize,
     run: fn(usize) -> f32,
 }
 
+impl Variant {
+    fn rate(&self, threads: usize, num_steps: usize) -> f64 {
+        let amount = (2 * self.num_values * num_steps) as f64;
+        best_rate(
+            threads,
+            amount,
+            || (),
+            |(): &()| {
+                black_box((self.run)(num_steps));
+            },
+        )
+    }
+}
+
 /// The loops that this CPU can run.
 fn variants() -> Vec<Variant> {
-    let mut variants = vec![Variant { num_values: plain::NUM_VALUES, run: plain::multiply_add }];
+    let mut variants = vec![Variant { isa: PLAIN, num_values: plain::NUM_VALUES, run: plain::multiply_add }];
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             variants.push(Variant {
+                isa: AVX2,
                 num_values: 8 * x86::NUM_REGISTERS,
                 // SAFETY: only this line can call it, and the features that it needs were just detected.
                 run: |num_steps| unsafe { x86::multiply_add_avx2(num_steps) },
@@ -111,6 +139,7 @@ fn variants() -> Vec<Variant> {
         }
         if is_x86_feature_detected!("avx512f") {
             variants.push(Variant {
+                isa: "avx512f",
                 num_values: 16 * x86::NUM_REGISTERS,
                 // SAFETY: as above.
                 run: |num_steps| unsafe { x86::multiply_add_avx512(num_steps) },
@@ -214,7 +243,7 @@ mod tests {
     #[test]
     fn rates_are_positive_and_finite_for_any_number_of_threads() {
         for threads in [0, 1, 3] {
-            for rate in [read_bandwidth_of(threads, 1 << 20), peak_flops_of(threads, 10_000)] {
+            for rate in [read_bandwidth_of(threads, 1 << 20), peak_flops_of(threads, 10_000, |_| true)] {
                 assert!(rate.is_finite() && rate > 0.0, "{threads} threads: {rate}");
             }
         }
@@ -232,7 +261,7 @@ mod tests {
     fn every_variant_multiplies_and_adds() {
         for variant in variants() {
             // After n steps a value is 1 + 0.75ⁿ; far out it is 1. A vector variant adds C, and reports one lane.
-            let count = if variant.num_values == plain::NUM_VALUES { variant.num_values as f32 } else { 12.25 };
+            let count = if variant.isa == PLAIN { variant.num_values as f32 } else { 12.25 };
             assert!(((variant.run)(1000) - count).abs() < 1e-3);
             assert!((variant.run)(1) > count + 1.0);
         }

@@ -6,10 +6,15 @@ pub fn current_bytes() -> Option<u64> {
     field("VmRSS:")
 }
 
-/// The most that [`current_bytes`] has been in the life of this process.
+/// The most that [`current_bytes`] has been in the life of this process, or since [`reset_peak`].
 #[must_use]
 pub fn peak_bytes() -> Option<u64> {
     field("VmHWM:")
+}
+
+/// Sets [`peak_bytes`] back to [`current_bytes`]. Returns whether it did: the system may not let it.
+pub fn reset_peak() -> bool {
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 
 fn field(name: &str) -> Option<u64> {
@@ -48,5 +53,8 @@ mod tests {
         assert!(during >= before + BYTES / 2, "{before} before, {during} with {BYTES} more");
         drop(memory);
         assert!(peak_bytes().unwrap() >= before + BYTES / 2);
+        if reset_peak() {
+            assert!(peak_bytes().unwrap() < before + BYTES / 2);
+        }
     }
 }

@@ -6,8 +6,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-use dashinfer_kernels::DType;
-use half::bf16;
+use dashinfer_kernels::{DType, cpu::to_bytes};
 
 use crate::{ModelSpec, StoredType, TensorInfo, WeightSource, weights::Plan};
 
@@ -16,19 +15,27 @@ const DEVIATION: f32 = 0.02;
 /// Values in the table that weights are drawn from; a power of two, small enough for the first-level cache.
 const TABLE: usize = 1 << 12;
 
-/// A source of bf16 weights which are made when they are read: normal-ish with a deviation of 0.02, norms near 1. The same
-/// seed gives the same weights.
+/// A source of weights which are made when they are read: normal-ish with a deviation of 0.02, norms near 1. The same seed
+/// gives the same weights, rounded to the type in question.
 #[derive(Debug, Clone)]
 pub struct RandomWeights {
     shapes: BTreeMap<String, Vec<usize>>,
     seed: u64,
+    dtype: DType,
 }
 
 impl RandomWeights {
-    /// Weights for `spec`.
+    /// Weights for `spec`, in bf16.
     #[must_use]
     pub fn new(spec: &ModelSpec, seed: u64) -> Self {
-        Self { shapes: Plan::new(spec).tensors().into_iter().collect(), seed }
+        Self { shapes: Plan::new(spec).tensors().into_iter().collect(), seed, dtype: DType::BF16 }
+    }
+
+    /// The type of all weights.
+    #[must_use]
+    pub fn dtype(mut self, dtype: DType) -> Self {
+        self.dtype = dtype;
+        self
     }
 }
 
@@ -39,7 +46,7 @@ impl WeightSource for RandomWeights {
 
     fn info(&self, name: &str) -> Option<TensorInfo> {
         let shape = self.shapes.get(name)?.clone();
-        Some(TensorInfo { dtype: StoredType::Float(DType::BF16), shape })
+        Some(TensorInfo { dtype: StoredType::Float(self.dtype), shape })
     }
 
     fn read(&self, name: &str) -> Option<Cow<'_, [u8]>> {
@@ -47,35 +54,38 @@ impl WeightSource for RandomWeights {
         let mean = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
         let mut hasher = DefaultHasher::new();
         (self.seed, name).hash(&mut hasher);
-        Some(Cow::Owned(values(len, mean, hasher.finish())))
+        let seed = hasher.finish();
+        Some(Cow::Owned(match self.dtype {
+            DType::F32 => values::<4>(len, mean, seed, self.dtype),
+            DType::F16 | DType::BF16 => values::<2>(len, mean, seed, self.dtype),
+        }))
     }
 }
 
-/// `len` values, as the bytes of bf16.
-fn values(len: usize, mean: f32, seed: u64) -> Vec<u8> {
+/// `len` values of `dtype`, which takes `SIZE` bytes.
+fn values<const SIZE: usize>(len: usize, mean: f32, seed: u64, dtype: DType) -> Vec<u8> {
     let mut random = Xorshift::new(seed);
-    let table: Vec<[u8; 2]> = (0..TABLE)
+    let table: Vec<f32> = (0..TABLE)
         .map(|_| {
             // The sum of twelve uniform numbers has a deviation of 1.
             let sum: f32 = (0..12).map(|_| (random.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5).sum();
-            bf16::from_f32(mean + DEVIATION * sum).to_le_bytes()
+            mean + DEVIATION * sum
         })
         .collect();
-    let table: &[[u8; 2]; TABLE] = table.as_slice().try_into().expect("it was made with this length");
-    // Four values per random number, stored as one word: a gigabyte takes 0.7 s on one core.
-    let draw = |bits: u64| -> [u8; 8] {
-        let word = (0..4).rev().fold(0, |word, i| {
-            let value = u16::from_le_bytes(table[(bits >> (16 * i)) as usize % TABLE]);
-            word << 16 | u64::from(value)
-        });
-        word.to_le_bytes()
+    let table = to_bytes(&table, dtype);
+    let table: &[[u8; SIZE]; TABLE] =
+        table.as_chunks().0.try_into().expect("it was made with this length, of elements of this size");
+    // Four values per random number: so making them costs little beside packing them.
+    let mut draw = || -> [[u8; SIZE]; 4] {
+        let bits = random.next();
+        std::array::from_fn(|i| table[(bits >> (16 * i)) as usize % TABLE])
     };
-    let mut bytes = vec![0; len * 2];
-    let (words, rest) = bytes.as_chunks_mut::<8>();
-    for word in words {
-        *word = draw(random.next());
+    let mut bytes = vec![0; len * SIZE];
+    let (fours, rest) = bytes.as_chunks_mut::<SIZE>().0.as_chunks_mut::<4>();
+    for four in fours {
+        *four = draw();
     }
-    rest.copy_from_slice(&draw(random.next())[..rest.len()]);
+    rest.copy_from_slice(&draw()[..rest.len()]);
     bytes
 }
 
@@ -103,7 +113,10 @@ mod tests {
     use crate::shapes;
 
     fn moments(bytes: &[u8]) -> (f32, f32) {
-        let values = to_f32(bytes, DType::BF16);
+        moments_of(&to_f32(bytes, DType::BF16))
+    }
+
+    fn moments_of(values: &[f32]) -> (f32, f32) {
         let mean = values.iter().sum::<f32>() / values.len() as f32;
         let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f32>() / values.len() as f32;
         (mean, variance.sqrt())
@@ -116,6 +129,23 @@ mod tests {
         assert!(mean.abs() < 1e-3 && (0.018..0.022).contains(&deviation), "{mean} {deviation}");
         let (mean, deviation) = moments(&weights.read("model.norm.weight").unwrap());
         assert!((0.99..1.01).contains(&mean) && deviation < 0.03, "{mean} {deviation}");
+    }
+
+    #[test]
+    fn the_type_changes_no_more_than_rounding() {
+        let weights = RandomWeights::new(&shapes::named("qwen2.5-0.5b").unwrap(), 7);
+        let name = "model.layers.3.self_attn.v_proj.weight";
+        let read = |dtype| to_f32(&weights.clone().dtype(dtype).read(name).unwrap(), dtype);
+        let exact = read(DType::F32);
+        let (mean, deviation) = moments_of(&exact);
+        assert!(mean.abs() < 1e-3 && (0.018..0.022).contains(&deviation), "{mean} {deviation}");
+        for (dtype, bound) in [(DType::F16, 1e-4), (DType::BF16, 1e-3)] {
+            let info = weights.clone().dtype(dtype).info(name).unwrap();
+            assert_eq!(info.dtype, StoredType::Float(dtype));
+            let rounded = read(dtype);
+            assert_eq!(rounded.len(), exact.len());
+            assert!(exact.iter().zip(&rounded).all(|(a, b)| (a - b).abs() < bound), "{dtype}");
+        }
     }
 
     #[test]

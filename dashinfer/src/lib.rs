@@ -79,7 +79,7 @@ mod text;
 
 pub use engine::{
     Blocking, BlockingTokens, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load, LoadPhase,
-    ModelInfo, Progress, PromptLogits, Source, Tagged, TokenStream,
+    ModelInfo, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,
 };
 pub use error::Error;
 pub use output::{Chunk, Completion, Finish, FinishReason, TokenLogprob, Usage};

@@ -35,19 +35,54 @@ const MAX_ALL_LOGITS: usize = 64;
 pub enum Source {
     /// A folder with `config.json`, safetensors files and, for text, `tokenizer.json`.
     Folder(PathBuf),
-    /// A published shape (`qwen2.5-0.5b`) with random weights in bf16 and no tokenizer, made in memory: for benchmarks.
+    /// A published shape (`qwen2.5-0.5b`) with random weights and no tokenizer, made in memory: for benchmarks.
+    #[non_exhaustive]
     Random {
         /// Its name.
         shape: String,
         /// The same seed gives the same weights.
         seed: u64,
+        /// The type of the weights.
+        weights: WeightType,
     },
 }
 
 impl Source {
-    /// See [`Source::Random`].
+    /// See [`Source::Random`]: seed 0, in bf16.
     pub fn random(shape: impl Into<String>) -> Self {
-        Self::Random { shape: shape.into(), seed: 0 }
+        Self::Random { shape: shape.into(), seed: 0, weights: WeightType::default() }
+    }
+
+    /// The type of random weights. Default: [`WeightType::BF16`]. Without effect on a folder, whose weights are what they are.
+    #[must_use]
+    pub fn weight_type(mut self, weight_type: WeightType) -> Self {
+        if let Self::Random { weights, .. } = &mut self {
+            *weights = weight_type;
+        }
+        self
+    }
+}
+
+/// The type of [random weights](Source::Random).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WeightType {
+    /// 32 bits.
+    F32,
+    /// 16 bits with 11 of precision.
+    F16,
+    /// 16 bits with 8 of precision and the range of f32.
+    #[default]
+    BF16,
+}
+
+impl WeightType {
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::BF16 => DType::BF16,
+        }
     }
 }
 
@@ -403,12 +438,12 @@ impl Opened {
                 let tokenizer = folder.join("tokenizer.json").is_file().then(|| folder.clone());
                 Ok(Self { spec, source, defaults, tokenizer })
             }
-            Source::Random { shape, seed } => {
+            Source::Random { shape, seed, weights } => {
                 let Some(spec) = shapes::named(shape) else {
                     let hint = " among the published shapes (see `dashinfer_models::shapes`)";
                     return Err(Error::NoSuchModel { path: shape.into(), hint });
                 };
-                let source = Box::new(RandomWeights::new(&spec, *seed));
+                let source = Box::new(RandomWeights::new(&spec, *seed).dtype(weights.dtype()));
                 Ok(Self { spec, source, defaults: GenerationDefaults::default(), tokenizer: None })
             }
         }

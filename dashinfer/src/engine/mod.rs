@@ -25,7 +25,7 @@ use tokio::sync::{oneshot, watch};
 
 pub use blocking::{Blocking, BlockingTokens};
 pub use hub::EngineStats;
-pub use load::{Device, KvCacheType, Load, LoadPhase, Progress, Source};
+pub use load::{Device, KvCacheType, Load, LoadPhase, Progress, Source, WeightType};
 pub use many::{GenerateStream, Tagged};
 pub use memory::Estimate;
 pub use stream::TokenStream;

@@ -1,0 +1,458 @@
+//! Tokens per second of the engine, beside what the machine allows; see [`USAGE`].
+
+#![expect(clippy::print_stdout, reason = "what it measures is its output")]
+
+use std::error::Error;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use benches::arguments::{ArgumentError, Arguments};
+use benches::work::Work;
+use benches::{machine, rss};
+use dashinfer::{Device, Engine, FinishReason, KvCacheType, Request, Source, TokenStream, WeightType};
+use dashinfer_kernels::DType;
+use dashinfer_kernels::cpu::Isa;
+use dashinfer_models::{Checkpoint, ModelSpec, StoredType, WeightSource, shapes};
+use futures::executor::block_on;
+use futures::future::try_join_all;
+use serde_json::json;
+
+const USAGE: &str = "\
+usage: throughput --shape NAME | --model FOLDER [OPTION ...]
+
+Times the engine with prompts of random token ids, greedy, with end tokens ignored and the prefix cache off.
+
+  --shape NAME          a published shape, filled with random weights in memory (qwen2.5-0.5b, ..)
+  --weights TYPE        f32, f16 or bf16; of a shape (default: bf16)
+  --model FOLDER        a checkpoint instead of a shape
+  --device NAME         cpu (default)
+  --threads N           threads that compute (default: one for each core)
+  --prefill BxL,..      for each, the time of B prompts of L tokens with one token out; best of 3
+  --decode B,..         for each, the time of B prompts of 128 tokens with 136 tokens out, less that with 8 out;
+                        best of 2 of each
+  --decode-context N    decode behind prompts of N tokens, 72 out less 8 out (also --context)
+  --repeat N            best of N instead
+  --kv-cache TYPE       f32, f16 or bf16 (default: the engine's)
+  --step-tokens N       the most tokens of a step (default: the engine's)
+  --json                one JSON object for each measurement on a line
+
+Without --prefill and --decode: --prefill 1x256 --decode 1,8.
+A decode's limit is reading weights and cache once per step at the memory's bandwidth, or its operations at the peak of
+f32 multiply-adds, whichever takes longer; a prefill's is its operations. Both are measured first, with as many threads.
+";
+
+/// Prompts of a prefill: `BxL`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Prompts {
+    batch: NonZeroUsize,
+    length: NonZeroUsize,
+}
+
+impl FromStr for Prompts {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const WANTED: &str = "wanted is BxL, such as 1x256";
+        let (batch, length) = text.split_once('x').ok_or(WANTED)?;
+        Ok(Self { batch: batch.parse().map_err(|_| WANTED)?, length: length.parse().map_err(|_| WANTED)? })
+    }
+}
+
+/// A type of weights or cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Float(DType);
+
+impl FromStr for Float {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = [DType::F32, DType::F16, DType::BF16];
+        known.into_iter().find(|dtype| dtype.name() == text).map(Self).ok_or("known are f32, f16 and bf16")
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Model {
+    Shape(String, DType),
+    Folder(PathBuf),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Options {
+    model: Model,
+    threads: NonZeroUsize,
+    prefill: Vec<Prompts>,
+    decode: Vec<NonZeroUsize>,
+    decode_context: NonZeroUsize,
+    repeat: Option<NonZeroUsize>,
+    kv_cache: Option<DType>,
+    step_tokens: Option<NonZeroUsize>,
+    json: bool,
+}
+
+impl Options {
+    fn parse(mut args: Arguments) -> Result<Self, ArgumentError> {
+        let wrong = |message: &str| Err(ArgumentError(message.to_owned()));
+        let weights = args.value::<Float>("--weights")?;
+        let model = match (args.value::<String>("--shape")?, args.value::<PathBuf>("--model")?) {
+            (Some(shape), None) if shapes::named(&shape).is_none() => {
+                let known: Vec<_> = shapes::names().collect();
+                return wrong(&format!("--shape {shape}: known are {}", known.join(", ")));
+            }
+            (Some(shape), None) => Model::Shape(shape, weights.map_or(DType::BF16, |Float(dtype)| dtype)),
+            (None, Some(_)) if weights.is_some() => return wrong("--weights is for a --shape; a --model has its own"),
+            (None, Some(folder)) => Model::Folder(folder),
+            _ => return wrong("one of --shape and --model is wanted"),
+        };
+        match args.value::<String>("--device")?.as_deref() {
+            None | Some("cpu") => {}
+            Some(other) => return wrong(&format!("--device {other}: known is cpu")),
+        }
+        let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let context = [args.value("--decode-context")?, args.value("--context")?];
+        if let [Some(_), Some(_)] = context {
+            return wrong("--context and --decode-context are the same");
+        }
+        const USUAL: NonZeroUsize = NonZeroUsize::new(128).expect("it is not 0");
+        let mut options = Self {
+            model,
+            threads: args.value("--threads")?.unwrap_or_else(cores),
+            prefill: args.list("--prefill")?.unwrap_or_default(),
+            decode: args.list("--decode")?.unwrap_or_default(),
+            decode_context: context.into_iter().flatten().next().unwrap_or(USUAL),
+            repeat: args.value("--repeat")?,
+            kv_cache: args.value::<Float>("--kv-cache")?.map(|Float(dtype)| dtype),
+            step_tokens: args.value("--step-tokens")?,
+            json: args.flag("--json"),
+        };
+        args.finish()?;
+        if options.prefill.is_empty() && options.decode.is_empty() {
+            options.prefill = vec!["1x256".parse().expect("it is of this form")];
+            options.decode = vec![NonZeroUsize::MIN, NonZeroUsize::MIN.saturating_add(7)];
+        }
+        Ok(options)
+    }
+
+    /// The most tokens that a decode generates, and how many of them do not count.
+    fn decode_tokens(&self) -> (usize, usize) {
+        if self.decode_context.get() == 128 { (136, 8) } else { (72, 8) }
+    }
+
+    /// Batch size, and tokens of each sequence at its end, of every measurement.
+    fn sequences(&self) -> impl Iterator<Item = (usize, usize)> {
+        let prefill = self.prefill.iter().map(|prompts| (prompts.batch.get(), prompts.length.get() + 1));
+        let decoded = self.decode_context.get() + self.decode_tokens().0;
+        prefill.chain(self.decode.iter().map(move |batch| (batch.get(), decoded)))
+    }
+}
+
+/// What the machine can do with as many threads as the engine has.
+struct Limits {
+    bytes_per_second: f64,
+    flops_per_second: f64,
+}
+
+/// A loaded engine, and what to compare it with.
+struct Bench {
+    options: Options,
+    engine: Engine,
+    work: Work,
+    limits: Limits,
+    /// Of the weights.
+    dtype: DType,
+}
+
+/// One line of the output.
+struct Measured {
+    what: &'static str,
+    batch: usize,
+    /// Of the prompts.
+    length: usize,
+    tokens: usize,
+    time: Duration,
+    bytes: f64,
+    flops: f64,
+}
+
+impl Bench {
+    fn new(options: Options) -> Result<Self, Box<dyn Error>> {
+        let threads = options.threads.get();
+        let limits = Limits {
+            bytes_per_second: machine::read_bandwidth(threads),
+            flops_per_second: machine::peak_flops(threads),
+        };
+        // What was just measured took more memory than a small model does.
+        rss::reset_peak();
+
+        let start = Instant::now();
+        let (source, spec, dtype) = open(&options.model)?;
+        let max_batch = options.sequences().map(|(batch, _)| batch).max().unwrap_or(1);
+        let max_context = options.sequences().map(|(_, tokens)| tokens).max().unwrap_or(1);
+        let step_tokens = options.step_tokens.map_or(512, NonZeroUsize::get).max(max_batch);
+        let mut load = Engine::load(source)
+            .device(Device::Cpu)
+            .threads(threads)
+            .prefix_cache(false)
+            .max_batch(max_batch)
+            .max_context(max_context)
+            .max_step_tokens(step_tokens);
+        if let Some(dtype) = options.kv_cache {
+            load = load.kv_cache(match dtype {
+                DType::F32 => KvCacheType::F32,
+                DType::F16 => KvCacheType::F16,
+                DType::BF16 => KvCacheType::BF16,
+            });
+        }
+        // Room for every sequence to its end: a preempted one would be computed twice. Blocks have 32 tokens.
+        let cached = options.sequences().map(|(batch, tokens)| batch * tokens.next_multiple_of(32)).max().unwrap_or(0);
+        let kv_bytes_per_token = load.estimate()?.kv_bytes_per_token;
+        let engine = load.kv_cache_bytes(cached as u64 * kv_bytes_per_token).blocking()?;
+        let work = Work::new(&spec, engine.model().weight_bytes, dtype.size_bytes(), kv_bytes_per_token);
+        let bench = Self { options, engine, work, limits, dtype };
+        if !bench.options.json {
+            bench.print_head(start.elapsed());
+        }
+        Ok(bench)
+    }
+
+    fn print_head(&self, load_time: Duration) {
+        println!(
+            "{}, {} weights, {}, {} threads, loaded in {:.1} s",
+            self.name(),
+            self.dtype,
+            self.engine.model().device,
+            self.options.threads,
+            load_time.as_secs_f64()
+        );
+        println!(
+            "limits: {:.1} GB/s read, {:.1} GFLOP/s of f32 multiply-adds ({:?})\n",
+            self.limits.bytes_per_second / 1e9,
+            self.limits.flops_per_second / 1e9,
+            Isa::best()
+        );
+    }
+
+    fn name(&self) -> String {
+        match &self.options.model {
+            Model::Shape(shape, _) => shape.clone(),
+            Model::Folder(folder) => folder.display().to_string(),
+        }
+    }
+
+    fn run(&self) -> Result<(), Box<dyn Error>> {
+        for &Prompts { batch, length } in &self.options.prefill {
+            self.report(&self.prefill(batch.get(), length.get())?);
+        }
+        for batch in &self.options.decode {
+            self.report(&self.decode(batch.get())?);
+        }
+        if self.engine.stats().preemptions > 0 {
+            return Err("sequences were preempted, and computed twice: the cache is too small".into());
+        }
+        if !self.options.json {
+            self.print_memory();
+        }
+        Ok(())
+    }
+
+    fn prefill(&self, batch: usize, length: usize) -> Result<Measured, dashinfer::Error> {
+        let prompts = self.prompts(batch, length);
+        let time = self.best_of(3, &prompts, 1)?;
+        let flops = self.work.prefill_flops(batch, length);
+        // Every weight is read in some step.
+        let bytes = self.work.decode_bytes(batch, 0.0);
+        Ok(Measured { what: "prefill", batch, length, tokens: batch * length, time, bytes, flops })
+    }
+
+    fn decode(&self, batch: usize) -> Result<Measured, Box<dyn Error>> {
+        let length = self.options.decode_context.get();
+        let prompts = self.prompts(batch, length);
+        let (most, least) = self.options.decode_tokens();
+        let (long, short) = (self.best_of(2, &prompts, most)?, self.best_of(2, &prompts, least)?);
+        let Some(time) = long.checked_sub(short).filter(|time| !time.is_zero()) else {
+            return Err(format!("{most} tokens took no longer than {least}: the machine is too busy").into());
+        };
+        // A step that samples token `i` (from 1) of a sequence sees the prompt and the `i - 1` tokens before.
+        let context = length as f64 + (least + most - 1) as f64 / 2.0;
+        let steps = (most - least) as f64;
+        let bytes = steps * self.work.decode_bytes(batch, context);
+        let flops = steps * self.work.decode_flops(batch, context);
+        Ok(Measured { what: "decode", batch, length, tokens: batch * (most - least), time, bytes, flops })
+    }
+
+    fn prompts(&self, batch: usize, length: usize) -> Vec<Vec<u32>> {
+        let vocab_size = self.engine.model().vocab_size as u64;
+        let mut state = 0x9E37_79B9_7F4A_7C15u64;
+        let mut id = || {
+            // The generator of Knuth's MMIX; its upper bits are the good ones.
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) % vocab_size) as u32
+        };
+        (0..batch).map(|_| (0..length).map(|_| id()).collect()).collect()
+    }
+
+    /// The shortest of some times from the first request to the last of all tokens.
+    fn best_of(&self, repeat: usize, prompts: &[Vec<u32>], num_tokens: usize) -> Result<Duration, dashinfer::Error> {
+        let repeat = self.options.repeat.map_or(repeat, NonZeroUsize::get);
+        let mut best = Duration::MAX;
+        for _ in 0..repeat {
+            let request = |prompt: &Vec<u32>| {
+                let request = Request::tokens(prompt.as_slice()).max_tokens(num_tokens).ignore_eos();
+                request.temperature(0.0).repetition_penalty(1.0)
+            };
+            let requests: Vec<_> = prompts.iter().map(request).collect();
+            let start = Instant::now();
+            let streams = requests.into_iter().map(|request| self.engine.generate(request));
+            // Collected, so that all requests are known before the first chunk is waited for.
+            let streams: Vec<_> = streams.collect();
+            let completions = block_on(try_join_all(streams.into_iter().map(TokenStream::complete)))?;
+            best = best.min(start.elapsed());
+            for completion in completions {
+                assert_eq!(completion.finish.reason, FinishReason::Length);
+                assert_eq!(completion.tokens.len(), num_tokens, "nothing else ends these requests");
+            }
+        }
+        Ok(best)
+    }
+
+    fn report(&self, measured: &Measured) {
+        let &Measured { what, batch, length, tokens, time, bytes, flops } = measured;
+        let seconds = time.as_secs_f64();
+        let limits = &self.limits;
+        let (reading, computing) = (bytes / limits.bytes_per_second, flops / limits.flops_per_second);
+        let by_memory = what == "decode" && reading > computing;
+        let fraction = if by_memory { reading } else { computing } / seconds;
+        let limit = if by_memory { "memory" } else { "arithmetic" };
+        let rate = tokens as f64 / seconds;
+        if self.options.json {
+            let line = json!({
+                "what": what,
+                "shape": self.name(),
+                "weights": self.dtype.name(),
+                "device": self.engine.model().device,
+                "threads": self.options.threads,
+                "batch": batch,
+                "length": length,
+                "tokens_per_second": rate,
+                "seconds": seconds,
+                "bytes_per_second": bytes / seconds,
+                "flops_per_second": flops / seconds,
+                "limit": limit,
+                "fraction_of_limit": fraction,
+                "machine_bytes_per_second": limits.bytes_per_second,
+                "machine_flops_per_second": limits.flops_per_second,
+                "weight_bytes": self.engine.model().weight_bytes,
+                "kv_cache_bytes": self.engine.model().kv_cache_bytes,
+                "rss_bytes": rss::current_bytes(),
+                "peak_rss_bytes": rss::peak_bytes(),
+            });
+            println!("{line}");
+            return;
+        }
+        let name = format!("{what}/{}/{batch}x{length}", self.dtype);
+        let per_second = if by_memory { bytes / seconds / 1e9 } else { flops / seconds / 1e9 };
+        let unit = if by_memory { "GB/s" } else { "GFLOP/s" };
+        println!("{name:<24} {rate:>10.1} tokens/s {per_second:>9.2} {unit:<7} {:>4.0} % of {limit}", 100.0 * fraction);
+    }
+
+    fn print_memory(&self) {
+        let model = self.engine.model();
+        let show = |name, bytes: Option<u64>| match bytes {
+            Some(bytes) => println!("{name:<24} {:>10.1} MB", bytes as f64 / 1e6),
+            None => println!("{name:<24} {:>10}", "unknown"),
+        };
+        println!();
+        show("weights", Some(model.weight_bytes));
+        show("KV cache", Some(model.kv_cache_bytes));
+        show("resident", rss::current_bytes());
+        show("peak resident", rss::peak_bytes());
+    }
+}
+
+/// Where the weights come from, what the model is, and the type of most of its weights.
+fn open(model: &Model) -> Result<(Source, ModelSpec, DType), Box<dyn Error>> {
+    match model {
+        Model::Shape(name, dtype) => {
+            let spec = shapes::named(name).ok_or("this shape is not known")?;
+            let weight_type = match dtype {
+                DType::F32 => WeightType::F32,
+                DType::F16 => WeightType::F16,
+                DType::BF16 => WeightType::BF16,
+            };
+            Ok((Source::random(name).weight_type(weight_type), spec, *dtype))
+        }
+        Model::Folder(folder) => {
+            let spec = ModelSpec::read(folder)?;
+            let embedding = Checkpoint::open(folder)?.info("model.embed_tokens.weight");
+            let dtype = match embedding.map(|info| info.dtype) {
+                Some(StoredType::Float(dtype)) => dtype,
+                _ => return Err("the embedding is not of a type that this program knows".into()),
+            };
+            Ok((Source::Folder(folder.clone()), spec, dtype))
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let mut args = Arguments::from_process();
+    if args.flag("--help") {
+        print!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let options = match Options::parse(args) {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("throughput: {error}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match Bench::new(options).and_then(|bench| bench.run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("throughput: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &str) -> Result<Options, String> {
+        Options::parse(Arguments::new(args.split_whitespace())).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn measurements_are_read_or_the_usual_ones_are_made() {
+        let options = parse("--shape qwen2.5-0.5b --weights f16 --prefill 1x8192,16x1024 --threads 3 --json").unwrap();
+        assert_eq!(options.model, Model::Shape("qwen2.5-0.5b".into(), DType::F16));
+        let sizes: Vec<_> = options.prefill.iter().map(|p| (p.batch.get(), p.length.get())).collect();
+        assert_eq!(sizes, [(1, 8192), (16, 1024)]);
+        assert!(options.decode.is_empty() && options.json);
+        assert_eq!(options.threads.get(), 3);
+
+        let usual = parse("--model somewhere").unwrap();
+        assert_eq!(usual.sequences().collect::<Vec<_>>(), [(1, 257), (1, 264), (8, 264)]);
+        let long = parse("--shape qwen2.5-7b --decode 64 --decode-context 2048").unwrap();
+        assert_eq!(long.sequences().collect::<Vec<_>>(), [(64, 2120)]);
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_refused() {
+        let check = |args: &str, expected: &str| assert_eq!(parse(args).unwrap_err(), expected);
+        check("", "one of --shape and --model is wanted");
+        check("--shape a --model b", "one of --shape and --model is wanted");
+        check("--shape gpt-2", "--shape gpt-2: known are qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b");
+        check("--model b --weights f16", "--weights is for a --shape; a --model has its own");
+        check("--model b --device tpu", "--device tpu: known is cpu");
+        check("--model b --weights int3", "--weights int3: known are f32, f16 and bf16");
+        check("--model b --prefill 256", "--prefill 256: in `256`: wanted is BxL, such as 1x256");
+        check("--model b --decode 0", "--decode 0: in `0`: number would be zero for non-zero type");
+        check("--model b --context 5 --decode-context 6", "--context and --decode-context are the same");
+        check("--model b --fast", "`--fast` is not an option, or was given before");
+    }
+}

@@ -1,0 +1,137 @@
+//! What a model's steps must do at least, whoever computes them: operations of a prefill, bytes and operations of a decode.
+//!
+//! Counted are matrix products and attention, two operations for each multiply-add. Norms, activations and sampling are
+//! not; neither is the last layer's work behind attention for rows that get no logits, which nobody needs.
+
+use dashinfer_models::ModelSpec;
+
+/// The work of one model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Work {
+    layers: f64,
+    /// Weights of the q, k and v projections of a layer.
+    qkv: f64,
+    /// Weights of the rest of a layer.
+    behind_attention: f64,
+    head: f64,
+    /// Operations for each pair of a row and a position that it sees, in one layer.
+    attention_pair: f64,
+    /// Bytes of weights that a step reads: all but an embedding which is not the head too.
+    weight_bytes: f64,
+    kv_bytes_per_token: f64,
+    /// The narrowest window of attention, if every layer has one.
+    window: Option<usize>,
+}
+
+impl Work {
+    /// The work of `spec`, whose packed weights take `weight_bytes` with elements of `element_bytes`, and whose cache takes
+    /// `kv_bytes_per_token`.
+    #[must_use]
+    pub fn new(spec: &ModelSpec, weight_bytes: u64, element_bytes: usize, kv_bytes_per_token: u64) -> Self {
+        let attention = spec.attention;
+        let [hidden, q, kv, mlp, vocab] = [
+            spec.hidden_size,
+            attention.num_heads * attention.head_dim,
+            attention.num_kv_heads * attention.head_dim,
+            spec.mlp.size,
+            spec.vocab_size,
+        ]
+        .map(|size| size as f64);
+        let head = hidden * vocab;
+        let only_gathered = if spec.tied_embeddings { 0.0 } else { head * element_bytes as f64 };
+        Self {
+            layers: spec.num_layers() as f64,
+            qkv: hidden * (q + 2.0 * kv),
+            behind_attention: q * hidden + 3.0 * hidden * mlp,
+            head,
+            attention_pair: 4.0 * q,
+            weight_bytes: weight_bytes as f64 - only_gathered,
+            kv_bytes_per_token: kv_bytes_per_token as f64,
+            window: spec.layers.iter().map(|layer| layer.window).min().flatten(),
+        }
+    }
+
+    /// Operations that read `batch` prompts of `length` tokens, with logits for the last row of each.
+    #[must_use]
+    pub fn prefill_flops(&self, batch: usize, length: usize) -> f64 {
+        let (sequences, rows) = (batch as f64, (batch * length) as f64);
+        let every_row = self.layers * self.qkv + (self.layers - 1.0) * self.behind_attention;
+        let last_rows = self.behind_attention + self.head;
+        // Row `p` sees `p + 1` positions; with a window, at most so many.
+        let inside = length.min(self.window.unwrap_or(length)) as f64;
+        let pairs = inside * (inside + 1.0) / 2.0 + (length as f64 - inside) * inside;
+        let attention = (self.layers - 1.0) * pairs + self.seen(length as f64);
+        2.0 * (rows * every_row + sequences * last_rows) + sequences * attention * self.attention_pair
+    }
+
+    /// Operations of a step that decodes `batch` sequences of `context` tokens.
+    #[must_use]
+    pub fn decode_flops(&self, batch: usize, context: f64) -> f64 {
+        let matrices = self.layers * (self.qkv + self.behind_attention) + self.head;
+        batch as f64 * (2.0 * matrices + self.layers * self.seen(context) * self.attention_pair)
+    }
+
+    /// Bytes of weights and cache that a step reads which decodes `batch` sequences of `context` tokens.
+    #[must_use]
+    pub fn decode_bytes(&self, batch: usize, context: f64) -> f64 {
+        self.weight_bytes + batch as f64 * self.seen(context) * self.kv_bytes_per_token
+    }
+
+    fn seen(&self, context: f64) -> f64 {
+        self.window.map_or(context, |window| context.min(window as f64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dashinfer_models::shapes;
+
+    use super::*;
+
+    fn work(shape: &str) -> Work {
+        let spec = shapes::named(shape).unwrap();
+        let kv_bytes = 2 * spec.num_layers() * spec.attention.num_kv_heads * spec.attention.head_dim * 2;
+        Work::new(&spec, 2 * spec.num_parameters(), 2, kv_bytes as u64)
+    }
+
+    #[test]
+    fn a_decode_reads_every_weight_and_its_context() {
+        let work = work("qwen2.5-0.5b");
+        assert_eq!(work.decode_bytes(1, 0.0), 2.0 * 494_032_768.0);
+        assert_eq!(work.decode_bytes(8, 100.0) - work.decode_bytes(8, 0.0), 800.0 * 24.0 * 2.0 * 128.0 * 2.0);
+    }
+
+    #[test]
+    fn an_embedding_that_is_not_the_head_is_not_read() {
+        let spec = shapes::named("qwen2.5-7b").unwrap();
+        let embedding = (spec.vocab_size * spec.hidden_size) as f64;
+        assert_eq!(work("qwen2.5-7b").decode_bytes(1, 0.0), 2.0 * (spec.num_parameters() as f64 - embedding));
+    }
+
+    #[test]
+    fn a_decode_is_two_operations_for_each_matrix_element() {
+        let spec = shapes::named("qwen2.5-0.5b").unwrap();
+        let vectors = 24 * (2 * 896 + 896 + 2 * 128) + 896;
+        let matrices = (spec.num_parameters() - vectors) as f64;
+        let work = work("qwen2.5-0.5b");
+        assert_eq!(work.decode_flops(1, 0.0), 2.0 * matrices);
+        assert_eq!(work.decode_flops(3, 10.0), 3.0 * (2.0 * matrices + 24.0 * 10.0 * 4.0 * 896.0));
+    }
+
+    #[test]
+    fn a_prompt_of_one_token_is_a_decode() {
+        let work = work("qwen2.5-1.5b");
+        assert_eq!(work.prefill_flops(5, 1), work.decode_flops(5, 1.0));
+    }
+
+    #[test]
+    fn a_prompt_is_the_sum_of_its_rows_without_the_last_layer_and_the_head_of_all_but_one() {
+        for window in [None, Some(3)] {
+            let work = Work { window, ..work("qwen2.5-0.5b") };
+            let decodes: f64 = (1..=7).map(|context| work.decode_flops(1, f64::from(context))).sum();
+            let seen: f64 = (1..7).map(|context| work.seen(f64::from(context))).sum();
+            let unneeded = 6.0 * 2.0 * (work.behind_attention + work.head) + seen * work.attention_pair;
+            assert_eq!(work.prefill_flops(2, 7), 2.0 * (decodes - unneeded));
+        }
+    }
+}
