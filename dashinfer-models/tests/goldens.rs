@@ -293,4 +293,6 @@ macro_rules! goldens {
 
 goldens!(reference, Reference::default);
 goldens!(cpu, || CpuBackend::new(&CpuConfig::default()).unwrap());
+goldens!(cpu_avx2, || CpuBackend::new(&CpuConfig { isa: Some(Isa::Avx2.min(Isa::best())), ..CpuConfig::default() })
+    .unwrap());
 goldens!(cpu_scalar, || CpuBackend::new(&CpuConfig { isa: Some(Isa::Scalar), ..CpuConfig::default() }).unwrap());

@@ -8,6 +8,9 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C (Haswell and Zen, and later).
     Avx2,
+    /// x86-64 with AVX-512F beside all of [`Avx2`](Self::Avx2) (Skylake-SP and Zen 4, and later). Only dense products have
+    /// kernels of their own; the others run on AVX2.
+    Avx512,
 }
 
 impl Isa {
@@ -20,15 +23,17 @@ impl Isa {
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
+            #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+            Self::Avx512 => Self::Avx2.is_available() && is_x86_feature_detected!("avx512f"),
             #[cfg(not(all(feature = "x86", target_arch = "x86_64")))]
-            Self::Avx2 => false,
+            Self::Avx2 | Self::Avx512 => false,
         }
     }
 
     /// The best one of this machine.
     #[must_use]
     pub fn best() -> Self {
-        if Self::Avx2.is_available() { Self::Avx2 } else { Self::Scalar }
+        [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.is_available()).unwrap_or(Self::Scalar)
     }
 }
 

@@ -2,6 +2,10 @@
 
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod avx512;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod blocked;
 mod pack;
 mod scalar;
 
@@ -71,6 +75,8 @@ impl Output {
 pub(crate) type Product = unsafe fn(&Job<'_>, Range<usize>, Range<usize>, Output);
 
 pub(crate) static VARIANTS: &[Variant<Product>] = &[
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    Variant { isa: Isa::Avx512, run: avx512::product },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: avx2::product },
     Variant { isa: Isa::Scalar, run: scalar::product },
