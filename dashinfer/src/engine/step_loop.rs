@@ -129,6 +129,7 @@ impl<E: Executor> StepLoop<E> {
                 self.obey(command);
             }
             if self.closing && self.live.is_empty() {
+                self.publish();
                 return;
             }
             idle = self.scheduler.schedule().work.is_empty();
