@@ -195,7 +195,7 @@ fn a_bad_request_in_a_stream_ends_itself_alone() {
     let engine = engine(|load| load.max_batch(1));
     let requests = [request(1), Request::tokens([]), request(2), Request::tokens([9999])];
     let tagged: Vec<_> = block_on(engine.generate_stream(stream::iter(requests)).collect());
-    let ended = |index| tagged.iter().filter(|tagged| tagged.index == index).next_back().unwrap();
+    let ended = |index| tagged.iter().rfind(|tagged| tagged.index == index).unwrap();
     assert!(ended(0).chunk.as_ref().unwrap().finish.is_some());
     assert!(ended(1).chunk.is_err());
     assert!(ended(2).chunk.as_ref().unwrap().finish.is_some());
