@@ -82,7 +82,7 @@ impl Front {
             return Err(RequestError::EmptyPrompt.into());
         }
         if tokens.len() > context {
-            return Err(RequestError::PromptTooLong { len: tokens.len(), context }.into());
+            return Err(RequestError::TooLongToScore { len: tokens.len(), context }.into());
         }
         match tokens.iter().find(|&&id| id as usize >= vocab_size) {
             Some(&id) => Err(RequestError::UnknownToken { place: "prompt", id, vocab_size }.into()),

@@ -60,19 +60,13 @@ impl<S: Stream<Item = Request> + Unpin> Stream for GenerateStream<S> {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Tagged>> {
         loop {
             self.take_requests(cx);
+            let num_in_flight = self.in_flight.len();
             match Pin::new(&mut self.in_flight).poll_next(cx) {
                 Poll::Ready(Some(tagged)) => return Poll::Ready(Some(tagged)),
                 Poll::Ready(None) if self.requests.is_none() => return Poll::Ready(None),
-                Poll::Ready(None) => return Poll::Pending, // the stream of requests wakes this task
-                // Some may have ended without a chunk left, which makes room for others.
-                Poll::Pending if self.in_flight.len() < self.max_in_flight && self.requests.is_some() => {
-                    let before = self.next_index;
-                    self.take_requests(cx);
-                    if self.next_index == before {
-                        return Poll::Pending;
-                    }
-                }
-                Poll::Pending => return Poll::Pending,
+                // Some have ended, which makes room for others; they must be asked for before there is nothing to be woken by.
+                _ if self.in_flight.len() < num_in_flight && self.requests.is_some() => {}
+                _ => return Poll::Pending,
             }
         }
     }

@@ -129,6 +129,7 @@ impl<E: Executor> StepLoop<E> {
                 self.obey(command);
             }
             if self.closing && self.live.is_empty() {
+                self.publish();
                 return;
             }
             idle = self.scheduler.schedule().work.is_empty();
@@ -228,7 +229,12 @@ impl<E: Executor> StepLoop<E> {
             });
         }
         self.executor.submit(&Step { batch: self.batch.batch(), rows: &rows, read: self.batch.read() })?;
-        self.executor.collect()
+        let output = self.executor.collect()?;
+        if (output.sampled.len(), output.logits.len()) != (rows.len(), self.batch.read().len()) {
+            // A sequence that misses its token would never be planned again, and its reader wait for ever.
+            return Err(Error::internal("a step gave another number of tokens or logits than it was asked for"));
+        }
+        Ok(output)
     }
 
     fn hand_out(&mut self, output: StepOutput) {
@@ -308,3 +314,6 @@ impl<E: Executor> StepLoop<E> {
         self.hub.set_stats(self.stats);
     }
 }
+
+#[cfg(test)]
+mod tests;

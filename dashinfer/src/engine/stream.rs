@@ -138,6 +138,8 @@ impl Stream for TokenStream {
 impl Drop for TokenStream {
     fn drop(&mut self) {
         if !self.ended {
+            // Closed first: a request that comes to the engine's thread behind its own cancellation is known by that.
+            self.chunks.close();
             // Without an engine there is nothing to cancel.
             let _ = self.commands.send(Command::Cancel(self.id));
         }

@@ -17,6 +17,14 @@ pub enum RequestError {
         /// The most tokens of prompt and continuation together.
         context: usize,
     },
+    /// More tokens to compute the logits of than a sequence may have.
+    #[error("{len} tokens to compute the logits of do not fit a context of {context}")]
+    TooLongToScore {
+        /// Tokens of the prompt.
+        len: usize,
+        /// The most tokens of a sequence.
+        context: usize,
+    },
     /// A token id that the model does not have.
     #[error("{place} names token {id}; the vocabulary has {vocab_size} tokens, numbered from 0")]
     UnknownToken {
