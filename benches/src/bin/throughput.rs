@@ -10,8 +10,9 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use benches::arguments::{ArgumentError, Arguments};
+use benches::limits::{Limits, rate};
+use benches::rss;
 use benches::work::Work;
-use benches::{machine, rss};
 use dashinfer::{Device, Engine, FinishReason, KvCacheType, Request, Source, TokenStream, WeightType};
 use dashinfer_kernels::DType;
 use dashinfer_kernels::cpu::Isa;
@@ -40,8 +41,8 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --json                one JSON object for each measurement on a line
 
 Without --prefill and --decode: --prefill 1x256 --decode 1,8.
-A decode's limit is reading weights and cache once per step at the memory's bandwidth, or its operations at the peak of
-f32 multiply-adds, whichever takes longer; a prefill's is its operations. Both are measured first, with as many threads.
+The limit is reading the weights (and, for a decode, the cache) once per step at the memory's bandwidth, or the operations at
+the peak of f32 multiply-adds, whichever takes longer. Both are measured first, with as many threads.
 ";
 
 /// Prompts of a prefill: `BxL`.
@@ -149,12 +150,6 @@ impl Options {
     }
 }
 
-/// What the machine can do with as many threads as the engine has.
-struct Limits {
-    bytes_per_second: f64,
-    flops_per_second: f64,
-}
-
 /// A loaded engine, and what to compare it with.
 struct Bench {
     options: Options,
@@ -180,10 +175,7 @@ struct Measured {
 impl Bench {
     fn new(options: Options) -> Result<Self, Box<dyn Error>> {
         let threads = options.threads.get();
-        let limits = Limits {
-            bytes_per_second: machine::read_bandwidth(threads),
-            flops_per_second: machine::peak_flops(threads),
-        };
+        let limits = Limits::measure(threads);
         // What was just measured took more memory than a small model does.
         rss::reset_peak();
 
@@ -321,12 +313,9 @@ impl Bench {
     fn report(&self, measured: &Measured) {
         let &Measured { what, batch, length, tokens, time, bytes, flops } = measured;
         let seconds = time.as_secs_f64();
-        let limits = &self.limits;
-        let (reading, computing) = (bytes / limits.bytes_per_second, flops / limits.flops_per_second);
-        let by_memory = what == "decode" && reading > computing;
-        let fraction = if by_memory { reading } else { computing } / seconds;
-        let limit = if by_memory { "memory" } else { "arithmetic" };
-        let rate = tokens as f64 / seconds;
+        let limit = self.limits.of(bytes, flops);
+        let fraction = limit.seconds() / seconds;
+        let tokens_per_second = tokens as f64 / seconds;
         if self.options.json {
             let line = json!({
                 "what": what,
@@ -336,14 +325,15 @@ impl Bench {
                 "threads": self.options.threads,
                 "batch": batch,
                 "length": length,
-                "tokens_per_second": rate,
+                "tokens_per_second": tokens_per_second,
                 "seconds": seconds,
                 "bytes_per_second": bytes / seconds,
                 "flops_per_second": flops / seconds,
-                "limit": limit,
+                "limit": limit.name(),
+                "isa": format!("{:?}", Isa::best()),
                 "fraction_of_limit": fraction,
-                "machine_bytes_per_second": limits.bytes_per_second,
-                "machine_flops_per_second": limits.flops_per_second,
+                "machine_bytes_per_second": self.limits.bytes_per_second,
+                "machine_flops_per_second": self.limits.flops_per_second,
                 "weight_bytes": self.engine.model().weight_bytes,
                 "kv_cache_bytes": self.engine.model().kv_cache_bytes,
                 "rss_bytes": rss::current_bytes(),
@@ -353,9 +343,9 @@ impl Bench {
             return;
         }
         let name = format!("{what}/{}/{batch}x{length}", self.dtype);
-        let per_second = if by_memory { bytes / seconds / 1e9 } else { flops / seconds / 1e9 };
-        let unit = if by_memory { "GB/s" } else { "GFLOP/s" };
-        println!("{name:<24} {rate:>10.1} tokens/s {per_second:>9.2} {unit:<7} {:>4.0} % of {limit}", 100.0 * fraction);
+        let rate = rate(limit, bytes, flops, seconds);
+        let (percent, limit) = (100.0 * fraction, limit.name());
+        println!("{name:<24} {tokens_per_second:>10.1} tokens/s {rate:>16} {percent:>4.0} % of {limit}");
     }
 
     fn print_memory(&self) {
