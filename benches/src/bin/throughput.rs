@@ -142,11 +142,12 @@ impl Options {
         if self.decode_context.get() == 128 { (136, 8) } else { (72, 8) }
     }
 
-    /// Batch size, and tokens of each sequence at its end, of every measurement.
+    /// Batch size, and tokens of each sequence at its end, of every measurement and of the run before them.
     fn sequences(&self) -> impl Iterator<Item = (usize, usize)> {
         let prefill = self.prefill.iter().map(|prompts| (prompts.batch.get(), prompts.length.get() + 1));
         let decoded = self.decode_context.get() + self.decode_tokens().0;
-        prefill.chain(self.decode.iter().map(move |batch| (batch.get(), decoded)))
+        let decode = self.decode.iter().map(move |batch| (batch.get(), decoded));
+        [(1, 18)].into_iter().chain(prefill).chain(decode)
     }
 }
 
@@ -235,6 +236,8 @@ impl Bench {
     }
 
     fn run(&self) -> Result<(), Box<dyn Error>> {
+        // The first steps touch memory for the first time.
+        self.best_of(1, &self.prompts(1, 16), 2)?;
         for &Prompts { batch, length } in &self.options.prefill {
             self.report(&self.prefill(batch.get(), length.get())?);
         }
@@ -252,7 +255,7 @@ impl Bench {
 
     fn prefill(&self, batch: usize, length: usize) -> Result<Measured, dashinfer::Error> {
         let prompts = self.prompts(batch, length);
-        let time = self.best_of(3, &prompts, 1)?;
+        let time = self.best_of(self.repeat(3), &prompts, 1)?;
         let flops = self.work.prefill_flops(batch, length);
         // Every weight is read in some step.
         let bytes = self.work.decode_bytes(batch, 0.0);
@@ -263,7 +266,8 @@ impl Bench {
         let length = self.options.decode_context.get();
         let prompts = self.prompts(batch, length);
         let (most, least) = self.options.decode_tokens();
-        let (long, short) = (self.best_of(2, &prompts, most)?, self.best_of(2, &prompts, least)?);
+        let repeat = self.repeat(2);
+        let (long, short) = (self.best_of(repeat, &prompts, most)?, self.best_of(repeat, &prompts, least)?);
         let Some(time) = long.checked_sub(short).filter(|time| !time.is_zero()) else {
             return Err(format!("{most} tokens took no longer than {least}: the machine is too busy").into());
         };
@@ -273,6 +277,10 @@ impl Bench {
         let bytes = steps * self.work.decode_bytes(batch, context);
         let flops = steps * self.work.decode_flops(batch, context);
         Ok(Measured { what: "decode", batch, length, tokens: batch * (most - least), time, bytes, flops })
+    }
+
+    fn repeat(&self, usual: usize) -> usize {
+        self.options.repeat.map_or(usual, NonZeroUsize::get)
     }
 
     fn prompts(&self, batch: usize, length: usize) -> Vec<Vec<u32>> {
@@ -288,7 +296,6 @@ impl Bench {
 
     /// The shortest of some times from the first request to the last of all tokens.
     fn best_of(&self, repeat: usize, prompts: &[Vec<u32>], num_tokens: usize) -> Result<Duration, dashinfer::Error> {
-        let repeat = self.options.repeat.map_or(repeat, NonZeroUsize::get);
         let mut best = Duration::MAX;
         for _ in 0..repeat {
             let request = |prompt: &Vec<u32>| {
@@ -426,9 +433,9 @@ mod tests {
         assert_eq!(options.threads.get(), 3);
 
         let usual = parse("--model somewhere").unwrap();
-        assert_eq!(usual.sequences().collect::<Vec<_>>(), [(1, 257), (1, 264), (8, 264)]);
+        assert_eq!(usual.sequences().collect::<Vec<_>>(), [(1, 18), (1, 257), (1, 264), (8, 264)]);
         let long = parse("--shape qwen2.5-7b --decode 64 --decode-context 2048").unwrap();
-        assert_eq!(long.sequences().collect::<Vec<_>>(), [(64, 2120)]);
+        assert_eq!(long.sequences().collect::<Vec<_>>(), [(1, 18), (64, 2120)]);
     }
 
     #[test]
