@@ -46,8 +46,9 @@ fn sum(values: &[u64]) -> u64 {
     lanes.iter().chain(tail).fold(0, |sum, &x| sum.wrapping_add(x))
 }
 
-/// The L3 caches of all sockets and core complexes together; `None` where Linux does not tell.
-fn l3_bytes() -> Option<usize> {
+/// Bytes of the L3 caches of all sockets and core complexes together; `None` where Linux does not tell.
+#[must_use]
+pub fn l3_bytes() -> Option<usize> {
     let mut caches = std::collections::BTreeMap::new();
     for cpu in std::fs::read_dir("/sys/devices/system/cpu").ok()?.flatten() {
         for index in std::fs::read_dir(cpu.path().join("cache")).into_iter().flatten().flatten() {

@@ -10,8 +10,9 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use benches::arguments::{ArgumentError, Arguments};
+use benches::limits::{Limits, rate};
+use benches::rss;
 use benches::work::Work;
-use benches::{machine, rss};
 use dashinfer::{Device, Engine, FinishReason, KvCacheType, Request, Source, TokenStream, WeightType};
 use dashinfer_kernels::DType;
 use dashinfer_kernels::cpu::Isa;
@@ -40,8 +41,8 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --json                one JSON object for each measurement on a line
 
 Without --prefill and --decode: --prefill 1x256 --decode 1,8.
-A decode's limit is reading weights and cache once per step at the memory's bandwidth, or its operations at the peak of
-f32 multiply-adds, whichever takes longer; a prefill's is its operations. Both are measured first, with as many threads.
+The limit is reading the weights (and, for a decode, the cache) once per step at the memory's bandwidth, or the operations at
+the peak of f32 multiply-adds, whichever takes longer. Both are measured first, with as many threads.
 ";
 
 /// Prompts of a prefill: `BxL`.
@@ -141,18 +142,13 @@ impl Options {
         if self.decode_context.get() == 128 { (136, 8) } else { (72, 8) }
     }
 
-    /// Batch size, and tokens of each sequence at its end, of every measurement.
+    /// Batch size, and tokens of each sequence at its end, of every measurement and of the run before them.
     fn sequences(&self) -> impl Iterator<Item = (usize, usize)> {
         let prefill = self.prefill.iter().map(|prompts| (prompts.batch.get(), prompts.length.get() + 1));
         let decoded = self.decode_context.get() + self.decode_tokens().0;
-        prefill.chain(self.decode.iter().map(move |batch| (batch.get(), decoded)))
+        let decode = self.decode.iter().map(move |batch| (batch.get(), decoded));
+        [(1, 18)].into_iter().chain(prefill).chain(decode)
     }
-}
-
-/// What the machine can do with as many threads as the engine has.
-struct Limits {
-    bytes_per_second: f64,
-    flops_per_second: f64,
 }
 
 /// A loaded engine, and what to compare it with.
@@ -180,10 +176,7 @@ struct Measured {
 impl Bench {
     fn new(options: Options) -> Result<Self, Box<dyn Error>> {
         let threads = options.threads.get();
-        let limits = Limits {
-            bytes_per_second: machine::read_bandwidth(threads),
-            flops_per_second: machine::peak_flops(threads),
-        };
+        let limits = Limits::measure(threads);
         // What was just measured took more memory than a small model does.
         rss::reset_peak();
 
@@ -243,6 +236,8 @@ impl Bench {
     }
 
     fn run(&self) -> Result<(), Box<dyn Error>> {
+        // The first steps touch memory for the first time.
+        self.best_of(1, &self.prompts(1, 16), 2)?;
         for &Prompts { batch, length } in &self.options.prefill {
             self.report(&self.prefill(batch.get(), length.get())?);
         }
@@ -260,7 +255,7 @@ impl Bench {
 
     fn prefill(&self, batch: usize, length: usize) -> Result<Measured, dashinfer::Error> {
         let prompts = self.prompts(batch, length);
-        let time = self.best_of(3, &prompts, 1)?;
+        let time = self.best_of(self.repeat(3), &prompts, 1)?;
         let flops = self.work.prefill_flops(batch, length);
         // Every weight is read in some step.
         let bytes = self.work.decode_bytes(batch, 0.0);
@@ -271,7 +266,8 @@ impl Bench {
         let length = self.options.decode_context.get();
         let prompts = self.prompts(batch, length);
         let (most, least) = self.options.decode_tokens();
-        let (long, short) = (self.best_of(2, &prompts, most)?, self.best_of(2, &prompts, least)?);
+        let repeat = self.repeat(2);
+        let (long, short) = (self.best_of(repeat, &prompts, most)?, self.best_of(repeat, &prompts, least)?);
         let Some(time) = long.checked_sub(short).filter(|time| !time.is_zero()) else {
             return Err(format!("{most} tokens took no longer than {least}: the machine is too busy").into());
         };
@@ -281,6 +277,10 @@ impl Bench {
         let bytes = steps * self.work.decode_bytes(batch, context);
         let flops = steps * self.work.decode_flops(batch, context);
         Ok(Measured { what: "decode", batch, length, tokens: batch * (most - least), time, bytes, flops })
+    }
+
+    fn repeat(&self, usual: usize) -> usize {
+        self.options.repeat.map_or(usual, NonZeroUsize::get)
     }
 
     fn prompts(&self, batch: usize, length: usize) -> Vec<Vec<u32>> {
@@ -296,7 +296,6 @@ impl Bench {
 
     /// The shortest of some times from the first request to the last of all tokens.
     fn best_of(&self, repeat: usize, prompts: &[Vec<u32>], num_tokens: usize) -> Result<Duration, dashinfer::Error> {
-        let repeat = self.options.repeat.map_or(repeat, NonZeroUsize::get);
         let mut best = Duration::MAX;
         for _ in 0..repeat {
             let request = |prompt: &Vec<u32>| {
@@ -321,12 +320,9 @@ impl Bench {
     fn report(&self, measured: &Measured) {
         let &Measured { what, batch, length, tokens, time, bytes, flops } = measured;
         let seconds = time.as_secs_f64();
-        let limits = &self.limits;
-        let (reading, computing) = (bytes / limits.bytes_per_second, flops / limits.flops_per_second);
-        let by_memory = what == "decode" && reading > computing;
-        let fraction = if by_memory { reading } else { computing } / seconds;
-        let limit = if by_memory { "memory" } else { "arithmetic" };
-        let rate = tokens as f64 / seconds;
+        let limit = self.limits.of(bytes, flops);
+        let fraction = limit.seconds() / seconds;
+        let tokens_per_second = tokens as f64 / seconds;
         if self.options.json {
             let line = json!({
                 "what": what,
@@ -336,14 +332,15 @@ impl Bench {
                 "threads": self.options.threads,
                 "batch": batch,
                 "length": length,
-                "tokens_per_second": rate,
+                "tokens_per_second": tokens_per_second,
                 "seconds": seconds,
                 "bytes_per_second": bytes / seconds,
                 "flops_per_second": flops / seconds,
-                "limit": limit,
+                "limit": limit.name(),
+                "isa": format!("{:?}", Isa::best()),
                 "fraction_of_limit": fraction,
-                "machine_bytes_per_second": limits.bytes_per_second,
-                "machine_flops_per_second": limits.flops_per_second,
+                "machine_bytes_per_second": self.limits.bytes_per_second,
+                "machine_flops_per_second": self.limits.flops_per_second,
                 "weight_bytes": self.engine.model().weight_bytes,
                 "kv_cache_bytes": self.engine.model().kv_cache_bytes,
                 "rss_bytes": rss::current_bytes(),
@@ -353,9 +350,9 @@ impl Bench {
             return;
         }
         let name = format!("{what}/{}/{batch}x{length}", self.dtype);
-        let per_second = if by_memory { bytes / seconds / 1e9 } else { flops / seconds / 1e9 };
-        let unit = if by_memory { "GB/s" } else { "GFLOP/s" };
-        println!("{name:<24} {rate:>10.1} tokens/s {per_second:>9.2} {unit:<7} {:>4.0} % of {limit}", 100.0 * fraction);
+        let rate = rate(limit, bytes, flops, seconds);
+        let (percent, limit) = (100.0 * fraction, limit.name());
+        println!("{name:<24} {tokens_per_second:>10.1} tokens/s {rate:>16} {percent:>4.0} % of {limit}");
     }
 
     fn print_memory(&self) {
@@ -436,9 +433,9 @@ mod tests {
         assert_eq!(options.threads.get(), 3);
 
         let usual = parse("--model somewhere").unwrap();
-        assert_eq!(usual.sequences().collect::<Vec<_>>(), [(1, 257), (1, 264), (8, 264)]);
+        assert_eq!(usual.sequences().collect::<Vec<_>>(), [(1, 18), (1, 257), (1, 264), (8, 264)]);
         let long = parse("--shape qwen2.5-7b --decode 64 --decode-context 2048").unwrap();
-        assert_eq!(long.sequences().collect::<Vec<_>>(), [(64, 2120)]);
+        assert_eq!(long.sequences().collect::<Vec<_>>(), [(1, 18), (64, 2120)]);
     }
 
     #[test]
