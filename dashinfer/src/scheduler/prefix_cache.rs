@@ -217,6 +217,7 @@ impl PrefixCache {
         }
     }
 
+    #[cfg(test)]
     pub(super) fn is_stored(&self, block: BlockId) -> bool {
         self.stored_in[block.index()].is_some()
     }

@@ -92,6 +92,7 @@ impl Sequence {
     }
 
     /// Tokens whose keys and values are in its blocks.
+    #[cfg(test)]
     pub(crate) fn num_computed(&self) -> usize {
         self.num_computed
     }
@@ -105,11 +106,6 @@ impl Sequence {
     /// Its blocks in order; token `i` is in slot `i % block_size` of block `i / block_size`. Empty while it waits.
     pub(crate) fn block_table(&self) -> &[BlockId] {
         self.held.as_ref().map_or(&[], Held::block_table)
-    }
-
-    /// Whether it is left out of plans until resumed.
-    pub(crate) fn is_paused(&self) -> bool {
-        self.paused
     }
 
     /// Tokens known and not computed.
