@@ -66,6 +66,19 @@ pub enum Error {
         /// The most tokens of a sequence.
         context: usize,
     },
+    /// The KV cache has no room for one sequence.
+    #[error(
+        "a KV cache of {found} bytes is too small: one sequence of {context} tokens takes {needed} (a smaller context needs \
+         less)"
+    )]
+    KvCacheTooSmall {
+        /// What it may take.
+        found: u64,
+        /// The least that it must take.
+        needed: u64,
+        /// The most tokens of a sequence.
+        context: usize,
+    },
     /// A setting under which nothing could run.
     #[error("setting `{name}` is {found}, wanted {wanted}")]
     Setting {

@@ -10,18 +10,32 @@ use crate::KernelError;
 
 /// Buffers from this size on are aligned to [`HUGE_PAGE`], so that the system can back them with huge pages: streaming
 /// weights through 4 KiB pages costs a TLB miss every 4 KiB.
+#[cfg(target_os = "linux")]
 const HUGE_FROM: usize = 4 << 20;
+#[cfg(target_os = "linux")]
 const HUGE_PAGE: usize = 2 << 20;
 const CACHE_LINE: usize = 64;
 
 /// A fixed-length, zero-initialized slice of plain values, aligned to a cache line. Pages that are never touched take no
-/// memory.
+/// memory; on Linux, a large buffer is a mapping of its own, so that dropping it gives the memory back to the system, which
+/// an allocator may put off.
 #[derive(Debug)]
 pub(crate) struct AlignedBuf<T> {
     start: NonNull<T>,
     len: usize,
-    layout: Layout,
+    memory: Memory,
     _owns: PhantomData<T>,
+}
+
+/// What is to be given back.
+#[derive(Debug)]
+enum Memory {
+    Heap(Layout),
+    #[cfg(target_os = "linux")]
+    Mapping {
+        start: *mut libc::c_void,
+        bytes: usize,
+    },
 }
 
 // SAFETY: the buffer owns its memory exclusively, as a `Vec<T>` does.
@@ -36,19 +50,35 @@ impl<T: NoUninit + AnyBitPattern> AlignedBuf<T> {
     /// [`KernelError::OutOfMemory`] if the system does not give the memory, or the size overflows.
     pub(crate) fn zeroed(what: &'static str, len: usize) -> Result<Self, KernelError> {
         let bytes = len.saturating_mul(size_of::<T>());
-        let out_of_memory = KernelError::OutOfMemory { what, wanted_bytes: bytes };
-        let align = if bytes >= HUGE_FROM { HUGE_PAGE } else { CACHE_LINE };
-        let Ok(layout) = Layout::from_size_align(bytes.max(1), align) else { return Err(out_of_memory) };
-        // SAFETY: the layout has a non-zero size.
-        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { return Err(out_of_memory) };
+        let out_of_memory = || KernelError::OutOfMemory { what, wanted_bytes: bytes };
         #[cfg(target_os = "linux")]
         if bytes >= HUGE_FROM {
-            // A hint; a kernel without huge pages refuses it, and nothing is lost.
-            // SAFETY: the range was just allocated, is page-aligned, and the advice does not change its contents.
-            unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+            let (start, memory) = map(bytes).ok_or_else(out_of_memory)?;
+            return Ok(Self { start: start.cast(), len, memory, _owns: PhantomData });
         }
-        Ok(Self { start: start.cast(), len, layout, _owns: PhantomData })
+        let layout = Layout::from_size_align(bytes.max(1), CACHE_LINE).map_err(|_| out_of_memory())?;
+        // SAFETY: the layout has a non-zero size.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
+        Ok(Self { start: start.cast(), len, memory: Memory::Heap(layout), _owns: PhantomData })
     }
+}
+
+/// Zeroed memory from the system, aligned to a huge page and advised to be made of such.
+#[cfg(target_os = "linux")]
+fn map(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
+    // Mappings are aligned to a page; the rest of the alignment is room to move the start.
+    let mapped = bytes.checked_add(HUGE_PAGE).filter(|&mapped| isize::try_from(mapped).is_ok())?;
+    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new private mapping at a place of the system's choice touches no memory of others.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), mapped, access, kind, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return None;
+    }
+    let aligned = start.map_addr(|address| address.next_multiple_of(HUGE_PAGE));
+    // A hint; a kernel without huge pages refuses it, and nothing is lost.
+    // SAFETY: the range lies in the mapping, starts on a page, and the advice does not change its contents.
+    unsafe { libc::madvise(aligned, bytes, libc::MADV_HUGEPAGE) };
+    Some((NonNull::new(aligned.cast())?, Memory::Mapping { start, bytes: mapped }))
 }
 
 impl<T> AlignedBuf<T> {
@@ -77,8 +107,15 @@ impl<T> std::ops::DerefMut for AlignedBuf<T> {
 
 impl<T> Drop for AlignedBuf<T> {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this layout, and given back once.
-        unsafe { dealloc(self.start.as_ptr().cast(), self.layout) }
+        match self.memory {
+            // SAFETY: allocated in `zeroed` with this layout, and given back once.
+            Memory::Heap(layout) => unsafe { dealloc(self.start.as_ptr().cast(), layout) },
+            #[cfg(target_os = "linux")]
+            Memory::Mapping { start, bytes } => {
+                // SAFETY: mapped in `map` with this size, and given back once. It cannot fail for a mapping of ours.
+                unsafe { libc::munmap(start, bytes) };
+            }
+        }
     }
 }
 

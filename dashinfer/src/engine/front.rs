@@ -29,9 +29,20 @@ pub(super) struct Front {
     pub(super) model: ModelInfo,
 }
 
+struct CloseOnDrop<'a>(&'a mpsc::Sender<Command>);
+
+impl Drop for CloseOnDrop<'_> {
+    fn drop(&mut self) {
+        // Without an engine there is nothing to close.
+        let _ = self.0.send(Command::Close);
+    }
+}
+
 impl Front {
     /// The life of the thread: until all handles are gone or one of them closes the engine.
     pub(super) fn run(&self, calls: &mpsc::Receiver<Call>, steps: &mpsc::Sender<Command>) {
+        // Also when this thread panics: the step loop must not wait for requests that cannot come.
+        let _close = CloseOnDrop(steps);
         for call in calls {
             match call {
                 Call::Close => break,
@@ -62,8 +73,6 @@ impl Front {
                 },
             }
         }
-        // Without an engine there is nothing to close.
-        let _ = steps.send(Command::Close);
     }
 
     fn resolve(&self, request: &Request) -> Result<Resolved, Error> {

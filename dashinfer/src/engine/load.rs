@@ -20,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use super::executor::LocalExecutor;
 use super::front::Front;
 use super::hub::Hub;
-use super::memory::{CachePlan, Estimate, available_bytes};
+use super::memory::{CachePlan, CacheSize, Estimate, available_bytes};
 use super::step_loop::{Command, StepLoop};
 use super::{Engine, ModelInfo, Shared};
 use crate::scheduler::{Limits, Scheduler};
@@ -269,8 +269,9 @@ impl Load {
         self
     }
 
-    /// The most tokens of a prompt and its continuation together. Default: what the model was made for. The cache must hold one
-    /// such sequence.
+    /// The most tokens of a prompt and its continuation together. Default: what the model was made for; if no limit was set
+    /// either, no more than the default cache holds ([`ModelInfo::context`](crate::ModelInfo) says what came of it). The cache must
+    /// hold one such sequence.
     pub fn max_context(mut self, tokens: usize) -> Self {
         self.settings.max_context = Some(tokens);
         self
@@ -357,7 +358,6 @@ impl Load {
     fn plan(&self, opened: &Opened) -> Result<Plan, Error> {
         let set = &self.settings;
         set.check()?;
-        let context = set.max_context.map_or(opened.spec.max_positions, |max| max.min(opened.spec.max_positions));
         let limits = StepLimits {
             max_tokens: set.max_step_tokens,
             max_logit_rows: (set.max_batch + MAX_ALL_LOGITS).min(set.max_step_tokens),
@@ -366,13 +366,14 @@ impl Load {
         let model = MemoryEstimate::new(&opened.spec, opened.source.as_ref(), dtype, limits, &panel_bytes)?;
         let cache = CachePlan {
             block_size: set.block_size,
-            context,
+            context: opened.spec.max_positions,
+            max_context: set.max_context,
             max_batch: set.max_batch,
             kv_cache_bytes: set.kv_cache_bytes,
             memory_limit: set.memory_limit,
             available: available_bytes(),
         };
-        let num_blocks = cache.num_blocks(&model)?;
+        let CacheSize { num_blocks, context } = cache.size(&model)?;
         let kv_cache_tokens = num_blocks * set.block_size;
         let estimate = Estimate {
             weight_bytes: model.weight_bytes,

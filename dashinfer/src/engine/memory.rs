@@ -34,8 +34,10 @@ impl Estimate {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CachePlan {
     pub(super) block_size: usize,
-    /// The most tokens of a sequence.
+    /// The most tokens of a sequence that the model was made for.
     pub(super) context: usize,
+    /// The most that the caller wants.
+    pub(super) max_context: Option<usize>,
     /// The most sequences computed at once.
     pub(super) max_batch: usize,
     /// What the caller gives the cache.
@@ -46,42 +48,63 @@ pub(super) struct CachePlan {
     pub(super) available: Option<u64>,
 }
 
+/// The size of the cache, and what follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CacheSize {
+    pub(super) num_blocks: usize,
+    /// The most tokens of a sequence.
+    pub(super) context: usize,
+}
+
 /// The most that the cache takes when nobody says.
 const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
 
+/// The context that is kept when nobody says and memory is short, if the model has as much.
+const LEAST_CONTEXT: usize = 512;
+
 impl CachePlan {
-    /// The number of blocks.
+    /// The size of the cache. A context that the caller asked for is kept, and so is the model's under a limit that the caller
+    /// set; when nobody said anything, the context is what the default cache can hold.
     ///
     /// # Errors
-    /// [`Error::MemoryLimit`] if one sequence of the whole context does not fit.
-    pub(super) fn num_blocks(&self, model: &MemoryEstimate) -> Result<usize, Error> {
+    /// [`Error::MemoryLimit`] or [`Error::KvCacheTooSmall`] if one sequence of the whole context does not fit.
+    pub(super) fn size(&self, model: &MemoryEstimate) -> Result<CacheSize, Error> {
         let block_bytes = (model.kv_bytes_per_token * self.block_size as u64).max(1);
         let blocks_of = |tokens: usize| tokens.div_ceil(self.block_size);
-        let (least, most) = (blocks_of(self.context), blocks_of(self.context).saturating_mul(self.max_batch));
+        let mut context = self.max_context.map_or(self.context, |max| max.min(self.context));
+        let bytes_of_one = blocks_of(context) as u64 * block_bytes;
         let fixed = model.weight_bytes + model.activation_bytes;
-        let needed = fixed + least as u64 * block_bytes;
-        let limit = match (self.memory_limit, self.kv_cache_bytes) {
-            (Some(limit), Some(cache)) => Some(limit.min(fixed.saturating_add(cache))),
-            (Some(limit), None) => Some(limit),
-            (None, Some(cache)) => Some(fixed.saturating_add(cache)),
-            (None, None) => None,
-        };
-        let cache_bytes = match limit {
-            Some(limit) => {
-                if limit < needed {
-                    return Err(Error::MemoryLimit { limit, needed, fixed, context: self.context });
-                }
-                limit - fixed
-            }
-            None => {
+
+        if let Some(limit) = self.memory_limit
+            && limit < fixed + bytes_of_one
+        {
+            return Err(Error::MemoryLimit { limit, needed: fixed + bytes_of_one, fixed, context });
+        }
+        if let Some(found) = self.kv_cache_bytes
+            && found < bytes_of_one
+        {
+            return Err(Error::KvCacheTooSmall { found, needed: bytes_of_one, context });
+        }
+        let within_limit = self.memory_limit.map(|limit| limit - fixed);
+        let cache_bytes = match (within_limit, self.kv_cache_bytes) {
+            (Some(left), Some(cache)) => left.min(cache),
+            (Some(bytes), None) | (None, Some(bytes)) => bytes,
+            (None, None) => {
                 let spare = self.available.map_or(u64::MAX, |available| available.saturating_sub(fixed) / 2);
-                DEFAULT_CACHE_BYTES.min(spare).max(least as u64 * block_bytes)
+                let bytes = DEFAULT_CACHE_BYTES.min(spare);
+                if self.max_context.is_none() && bytes < bytes_of_one {
+                    let tokens = (bytes / block_bytes) as usize * self.block_size;
+                    context = context.min(tokens.max(LEAST_CONTEXT));
+                }
+                bytes
             }
         };
+        let (least, most) = (blocks_of(context), blocks_of(context).saturating_mul(self.max_batch));
         // Slots are counted in 32 bits.
         let countable = u32::MAX as usize / self.block_size;
         let blocks = usize::try_from(cache_bytes / block_bytes).unwrap_or(usize::MAX);
-        Ok(blocks.clamp(least.max(1), most.max(1)).min(countable))
+        let num_blocks = blocks.clamp(least.max(1), most.max(1)).min(countable);
+        Ok(CacheSize { num_blocks, context: context.min(num_blocks.saturating_mul(self.block_size)) })
     }
 }
 
@@ -115,6 +138,7 @@ mod tests {
         CachePlan {
             block_size: 32,
             context: 1000,
+            max_context: None,
             max_batch: 4,
             kv_cache_bytes: None,
             memory_limit: None,
@@ -127,7 +151,9 @@ mod tests {
         let (_, model) = model();
         let fixed = model.weight_bytes + model.activation_bytes;
         let block = 32 * model.kv_bytes_per_token;
-        let blocks = |extra: u64| CachePlan { memory_limit: Some(fixed + extra), ..plan() }.num_blocks(&model);
+        let blocks = |extra: u64| {
+            CachePlan { memory_limit: Some(fixed + extra), ..plan() }.size(&model).map(|size| size.num_blocks)
+        };
         assert_eq!(blocks(32 * block).unwrap(), 32);
         assert_eq!(blocks(33 * block - 1).unwrap(), 32);
         // More than all sequences can use is not taken.
@@ -137,7 +163,7 @@ mod tests {
     #[test]
     fn a_limit_below_one_sequence_says_what_is_needed() {
         let (_, model) = model();
-        let error = CachePlan { memory_limit: Some(1 << 20), ..plan() }.num_blocks(&model).unwrap_err().to_string();
+        let error = CachePlan { memory_limit: Some(1 << 20), ..plan() }.size(&model).unwrap_err().to_string();
         let fixed = model.weight_bytes + model.activation_bytes;
         let needed = fixed + 32 * 32 * model.kv_bytes_per_token;
         assert_eq!(
@@ -150,12 +176,32 @@ mod tests {
     }
 
     #[test]
-    fn without_a_limit_half_of_what_is_left_is_taken_but_one_sequence_fits() {
+    fn a_cache_below_one_sequence_says_what_is_needed() {
+        let (_, model) = model();
+        let error = CachePlan { kv_cache_bytes: Some(1000), ..plan() }.size(&model).unwrap_err().to_string();
+        let needed = 32 * 32 * model.kv_bytes_per_token;
+        assert_eq!(
+            error,
+            format!(
+                "a KV cache of 1000 bytes is too small: one sequence of 1000 tokens takes {needed} (a smaller context needs less)"
+            )
+        );
+    }
+
+    #[test]
+    fn without_a_limit_half_of_what_is_left_is_taken() {
         let (_, model) = model();
         let fixed = model.weight_bytes + model.activation_bytes;
         let block = 32 * model.kv_bytes_per_token;
-        let blocks = |available| CachePlan { available: Some(available), ..plan() }.num_blocks(&model).unwrap();
-        assert_eq!(blocks(fixed + 80 * block), 40);
-        assert_eq!(blocks(0), 32);
+        let size = |blocks: u64, max_context| {
+            let plan = CachePlan { available: Some(fixed + 2 * blocks * block), max_context, ..plan() };
+            plan.size(&model).unwrap()
+        };
+        assert_eq!(size(40, None), CacheSize { num_blocks: 40, context: 1000 });
+        // Short of memory, the context gives way, down to a least one; a context that was asked for does not.
+        assert_eq!(size(20, None), CacheSize { num_blocks: 20, context: 640 });
+        assert_eq!(size(0, None), CacheSize { num_blocks: 16, context: 512 });
+        assert_eq!(size(0, Some(900)), CacheSize { num_blocks: 29, context: 900 });
+        assert_eq!(size(40, Some(2000)), CacheSize { num_blocks: 40, context: 1000 });
     }
 }
