@@ -119,7 +119,8 @@ impl Kernels {
             bytes: (weight_bytes + rows * (cols + out_cols) * size_of::<f32>()) as f64,
             flops: 2.0 * (rows * cols * out_cols) as f64,
         };
-        let bytes = to_bytes(&noise(out_cols * cols), dtype);
+        let values = noise(out_cols * cols);
+        let bytes = to_bytes(&values, dtype);
         let view = MatrixView { bytes: &bytes, dtype, rows: out_cols, cols };
         let setup = |backend: &mut CpuBackend| {
             let mut weights = Rotation::new(copies, || backend.pack(&[view], None).expect(FITS));
@@ -130,7 +131,10 @@ impl Kernels {
             // A row takes as long as another, and a prompt would take minutes.
             let few = rows.min(2);
             let (x, mut out) = (noise(few * cols), vec![0.0; few * out_cols]);
-            time(|| naive::linear(&mut out, &x, &bytes, dtype, cols)) * (rows / few) as f64
+            time(|| {
+                naive::linear(&mut out, black_box(&x), &values, cols);
+                black_box(&mut out);
+            }) * (rows / few) as f64
         };
         self.measure(case, setup, naive);
     }

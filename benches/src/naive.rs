@@ -1,13 +1,11 @@
 //! The baselines of the kernels' benchmarks: each operator as a textbook writes it, a plain loop on one thread.
 
-use dashinfer_kernels::{DType, element};
-
-/// `out[t, n] = Σₖ x[t, k] · w[n, k]`, with `w` as a checkpoint stores it.
-pub fn linear(out: &mut [f32], x: &[f32], w: &[u8], dtype: DType, cols: usize) {
-    let rows = w.len() / dtype.size_bytes() / cols;
-    for (out, x) in out.chunks_exact_mut(rows).zip(x.chunks_exact(cols)) {
-        for (out, w) in out.iter_mut().zip(w.chunks_exact(cols * dtype.size_bytes())) {
-            *out = x.iter().enumerate().map(|(k, x)| x * element(w, dtype, k)).sum();
+/// `out[t, n] = Σₖ x[t, k] · w[n, k]`. Weights are in f32 whatever the kernel's type: unpacking 16 bits one by one takes longer
+/// than the products, and would make any kernel look good.
+pub fn linear(out: &mut [f32], x: &[f32], w: &[f32], cols: usize) {
+    for (out, x) in out.chunks_exact_mut(w.len() / cols).zip(x.chunks_exact(cols)) {
+        for (out, w) in out.iter_mut().zip(w.chunks_exact(cols)) {
+            *out = x.iter().zip(w).map(|(x, w)| x * w).sum();
         }
     }
 }
@@ -81,8 +79,8 @@ pub fn argmax(values: &[f32]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use dashinfer_kernels::MatrixView;
     use dashinfer_kernels::cpu::{self, Isa, PackedMatrix, PoolConfig, ThreadPool, to_bytes};
+    use dashinfer_kernels::{DType, MatrixView, to_f32};
 
     use super::*;
 
@@ -102,7 +100,7 @@ mod tests {
         let view = MatrixView { bytes: &w, dtype: DType::BF16, rows: 7, cols: 20 };
         let packed = PackedMatrix::pack(&[view], None, &pool).unwrap();
         let (mut out, mut want) = (vec![0.0; 21], vec![0.0; 21]);
-        linear(&mut out, &x, &w, DType::BF16, 20);
+        linear(&mut out, &x, &to_f32(&w, DType::BF16), 20);
         cpu::linear(&mut want, &x, &packed, &pool, Isa::best()).unwrap();
         assert_close(&out, &want);
 

@@ -33,7 +33,10 @@ impl fmt::Display for Table {
         let Limits { bytes_per_second, flops_per_second } = self.limits;
         let (gigabytes, gigaflops) = (bytes_per_second / 1e9, flops_per_second / 1e9);
         writeln!(f, "peak: {gigabytes:.1} GB/s read from memory, {gigaflops:.1} GFLOP/s of f32 multiply-adds")?;
-        writeln!(f, "naive: a plain loop on one thread")?;
+        writeln!(
+            f,
+            "naive: a plain loop in f32 on one thread. What writes too, or is found in a cache, can exceed the read peak."
+        )?;
         let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
         for row in &self.rows {
             let limit = self.limits.of(row.bytes, row.flops);
