@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """Times llama.cpp and dashinfer in turn, on the same shape with equal weights, and prints medians and ratios.
 
-Each round runs llama.cpp, then dashinfer; what disturbs the machine for longer than that disturbs both. Only the ratios
-of one run count. See README.md for how to get llama.cpp. Needs nothing but Python 3.8.
+Each round runs llama.cpp, then dashinfer. Beside each is said how much of the machine other processes used meanwhile (on
+Linux): with more than a few percent the ratios mean nothing, since the engines wait for their threads in different ways
+and do not suffer alike. See README.md for how to get llama.cpp. Needs nothing but Python 3.8.
 """
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
+import time
 
 PREFILL = 256  # tokens of the prompt that is timed
 CONTEXT = 128  # tokens of the prompts before a decode
@@ -19,9 +23,41 @@ BATCHES = (1, 8)
 MEASUREMENTS = [f"prefill 1x{PREFILL}"] + [f"decode b{batch}" for batch in BATCHES]
 
 
+BUSY = 0.05  # of the machine, used by others: from here on a ratio is not to be trusted
+
+
 def fail(message):
     print(f"compare.py: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+def busy_seconds():
+    """CPU seconds of all processes since the system started; None where /proc does not tell."""
+    try:
+        with open("/proc/stat") as stat:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class Others:
+    """The share of the machine that is used by others than this program and what it runs."""
+
+    def __init__(self):
+        self.start = self._now()
+
+    def share(self):
+        (wall, busy, own), (wall_before, busy_before, own_before) = self._now(), self.start
+        if busy is None or busy_before is None:
+            return None
+        used = (busy - busy_before) - (own - own_before)
+        return max(0.0, used / ((wall - wall_before) * os.cpu_count()))
+
+    @staticmethod
+    def _now():
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return time.monotonic(), busy_seconds(), sum(each.ru_utime + each.ru_stime for each in usage)
 
 
 def run(command):
@@ -102,15 +138,20 @@ def main():
 
     engines = (("llama.cpp", llama_cpp), ("dashinfer", dashinfer))
     rates = {name: {what: [] for what in MEASUREMENTS} for name, _ in engines}
+    disturbed = False
     for number in range(args.rounds):
         for name, measure in engines:
+            others = Others()
             found, features = measure(args)
+            share = others.share()
+            disturbed |= share is not None and share > BUSY
             for what in MEASUREMENTS:
                 if what not in found:
                     fail(f"{name} gave no `{what}`")
                 rates[name][what].append(found[what])
             shown = ", ".join(f"{what} {found[what]:.1f}" for what in MEASUREMENTS)
-            print(f"round {number + 1} {name}: {shown}", flush=True)
+            beside = "" if share is None else f" (others used {100 * share:.0f} % of the machine)"
+            print(f"round {number + 1} {name}: {shown}{beside}", flush=True)
             if number == 0 and features:
                 print(f"  {features}", flush=True)
 
@@ -121,6 +162,8 @@ def main():
         ratios = [b / a for a, b in zip(theirs, ours)]
         columns = f"{statistics.median(theirs):>10.1f} {statistics.median(ours):>10.1f} {statistics.median(ratios):>6.2f}x"
         print(f"{what:<16} {columns}  {' '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    if disturbed:
+        print(f"NOT TO BE TRUSTED: in some round others used more than {100 * BUSY:.0f} % of the machine")
 
 
 if __name__ == "__main__":
