@@ -15,7 +15,7 @@ use benches::limits::{Limit, Limits};
 use benches::table::{Row, Table};
 use benches::{machine, naive};
 use criterion::{Criterion, Throughput};
-use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, PoolConfig, to_bytes};
+use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, Isa, PoolConfig, to_bytes};
 use dashinfer_kernels::{
     AttentionParams, Backend, DType, KvCacheSpec, MatrixView, PagedBatch, Rope, RopePairs, SampleParams, SampleRow,
     SequenceRows,
@@ -54,7 +54,7 @@ impl Kernels {
         let threads = std::env::var("BENCH_THREADS").ok().and_then(|threads| threads.parse().ok());
         let pool = PoolConfig { threads, cores: Vec::new() };
         let backend = CpuBackend::new(&CpuConfig { pool, isa: None }).expect("threads start");
-        let limits = Limits::measure(backend.pool().num_threads());
+        let limits = Limits::measure(backend.pool().num_threads(), Isa::best());
         let criterion = Criterion::default()
             .sample_size(10)
             .nresamples(1000)
@@ -449,7 +449,7 @@ fn main() {
     }
     kernels.criterion.final_summary();
     // Whatever disturbed the first measurement made the peak too low.
-    let again = Limits::measure(kernels.backend.pool().num_threads());
+    let again = Limits::measure(kernels.backend.pool().num_threads(), Isa::best());
     let limits = &mut kernels.table.limits;
     limits.bytes_per_second = limits.bytes_per_second.max(again.bytes_per_second);
     limits.flops_per_second = limits.flops_per_second.max(again.flops_per_second);

@@ -109,6 +109,8 @@ def dashinfer(args):
     command = [args.throughput, "--shape", args.shape, "--weights", args.weights, "--threads", str(args.threads)]
     command += ["--prefill", f"1x{PREFILL}", "--decode", ",".join(map(str, BATCHES))]
     command += ["--repeat", "1", "--json"]
+    if args.isa:
+        command += ["--isa", args.isa]
     if args.kv_cache:
         command += ["--kv-cache", args.kv_cache]
     out, _ = run(command)
@@ -130,6 +132,7 @@ def main():
     parser.add_argument("--shape", required=True, help="such as qwen2.5-0.5b")
     parser.add_argument("--weights", default="bf16", help="ours: f32, f16 or bf16, of as many bits as the GGUF's")
     parser.add_argument("--kv-cache", choices=("f32", "f16", "bf16"), help="ours (default: the engine's); theirs is f16")
+    parser.add_argument("--isa", help="ours: kernels of this instruction set at most, beside a build of theirs that is held to it")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -1,5 +1,7 @@
 //! What is measured, against what the machine allows.
 
+use dashinfer_kernels::cpu::Isa;
+
 use crate::machine;
 
 /// What the machine can do with some threads.
@@ -21,10 +23,11 @@ pub enum Limit {
 }
 
 impl Limits {
-    /// Measures both with `threads` threads. Takes a second or two, and 1 GiB of memory.
+    /// Measures both with `threads` threads, the operations with the instructions of `isa`. Takes a second or two, and 1 GiB of memory.
     #[must_use]
-    pub fn measure(threads: usize) -> Self {
-        let (bytes_per_second, flops_per_second) = (machine::read_bandwidth(threads), machine::peak_flops(threads));
+    pub fn measure(threads: usize, isa: Isa) -> Self {
+        let (bytes_per_second, flops_per_second) =
+            (machine::read_bandwidth(threads), machine::peak_flops(threads, isa));
         Self { bytes_per_second, flops_per_second }
     }
 

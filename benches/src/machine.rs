@@ -70,14 +70,14 @@ fn cache_bytes(size: &str) -> Option<usize> {
 }
 
 /// Multiplications and additions per second, in `f32`, of `threads` threads together (0 counts as 1), with the instructions
-/// that the CPU kernels choose on this machine: what their products can reach.
+/// of `isa`: what products can reach whose kernels use them.
 ///
 /// A fused multiply-add counts as two. Each thread repeats `a = a · m + c` on enough independent registers to fill its
 /// pipelines, with no memory involved: the bound of a matrix product in `f32`. [`peak_flops_by_isa`] says what other
 /// instructions would give.
 #[must_use]
-pub fn peak_flops(threads: usize) -> f64 {
-    match Isa::best() {
+pub fn peak_flops(threads: usize, isa: Isa) -> f64 {
+    match isa {
         Isa::Scalar => peak_flops_of(threads, NUM_STEPS, |isa| isa == PLAIN),
         Isa::Avx2 => peak_flops_of(threads, NUM_STEPS, |isa| isa == AVX2),
         // Kernels newer than these lines: the best that is known here.

@@ -77,6 +77,7 @@ mod request;
 mod scheduler;
 mod text;
 
+pub use dashinfer_kernels::cpu::Isa;
 pub use engine::{
     Blocking, BlockingTokens, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load, LoadPhase,
     ModelInfo, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,

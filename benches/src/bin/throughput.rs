@@ -37,6 +37,7 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --decode-context N    decode behind prompts of N tokens, 72 out less 8 out (also --context)
   --repeat N            best of N instead
   --kv-cache TYPE       f32, f16 or bf16 (default: the engine's)
+  --isa NAME            kernels of this instruction set at most: scalar, avx2 or avx512 (default: the machine's best)
   --step-tokens N       the most tokens of a step (default: the engine's)
   --json                one JSON object for each measurement on a line
 
@@ -75,6 +76,17 @@ impl FromStr for Float {
     }
 }
 
+/// An instruction set.
+struct Kernels(Isa);
+
+impl FromStr for Kernels {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Isa::ALL.into_iter().find(|isa| isa.name() == text).map(Self).ok_or("known are scalar, avx2 and avx512")
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Model {
     Shape(String, DType),
@@ -91,6 +103,7 @@ struct Options {
     repeat: Option<NonZeroUsize>,
     kv_cache: Option<DType>,
     step_tokens: Option<NonZeroUsize>,
+    isa: Isa,
     json: bool,
 }
 
@@ -127,6 +140,7 @@ impl Options {
             repeat: args.value("--repeat")?,
             kv_cache: args.value::<Float>("--kv-cache")?.map(|Float(dtype)| dtype),
             step_tokens: args.value("--step-tokens")?,
+            isa: args.value::<Kernels>("--isa")?.map_or_else(Isa::best, |Kernels(isa)| isa),
             json: args.flag("--json"),
         };
         args.finish()?;
@@ -176,7 +190,7 @@ struct Measured {
 impl Bench {
     fn new(options: Options) -> Result<Self, Box<dyn Error>> {
         let threads = options.threads.get();
-        let limits = Limits::measure(threads);
+        let limits = Limits::measure(threads, options.isa);
         // What was just measured took more memory than a small model does.
         rss::reset_peak();
 
@@ -187,6 +201,7 @@ impl Bench {
         let step_tokens = options.step_tokens.map_or(512, NonZeroUsize::get).max(max_batch);
         let mut load = Engine::load(source)
             .device(Device::Cpu)
+            .isa(options.isa)
             .threads(threads)
             .prefix_cache(false)
             .max_batch(max_batch)
@@ -224,7 +239,7 @@ impl Bench {
             "limits: {:.1} GB/s read, {:.1} GFLOP/s of f32 multiply-adds ({:?})\n",
             self.limits.bytes_per_second / 1e9,
             self.limits.flops_per_second / 1e9,
-            Isa::best()
+            self.options.isa
         );
     }
 
@@ -337,7 +352,7 @@ impl Bench {
                 "bytes_per_second": bytes / seconds,
                 "flops_per_second": flops / seconds,
                 "limit": limit.name(),
-                "isa": format!("{:?}", Isa::best()),
+                "isa": self.options.isa.name(),
                 "fraction_of_limit": fraction,
                 "machine_bytes_per_second": self.limits.bytes_per_second,
                 "machine_flops_per_second": self.limits.flops_per_second,

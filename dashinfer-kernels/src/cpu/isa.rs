@@ -14,6 +14,19 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// All of them, from the least to the most capable.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// Its name on command lines: `scalar`, `avx2`, `avx512`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
     /// Whether this machine has it and this build holds its kernels.
     #[must_use]
     pub fn is_available(self) -> bool {

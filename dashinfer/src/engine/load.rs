@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 
-use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, PoolConfig};
+use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa, PoolConfig};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
     Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, RandomWeights, StepLimits,
@@ -188,6 +188,7 @@ struct Settings {
     stream_buffer: usize,
     threads: Option<usize>,
     cores: Vec<usize>,
+    isa: Option<Isa>,
 }
 
 impl Default for Settings {
@@ -207,6 +208,7 @@ impl Default for Settings {
             stream_buffer: 64,
             threads: None,
             cores: Vec::new(),
+            isa: None,
         }
     }
 }
@@ -330,6 +332,13 @@ impl Load {
     /// Binds the computing threads to cores, in turn. Default: the system places them. Linux only.
     pub fn cores(mut self, cores: impl Into<Vec<usize>>) -> Self {
         self.settings.cores = cores.into();
+        self
+    }
+
+    /// Computes with kernels of this instruction set at most: to compare them, or to get the bits of a lesser machine. Default:
+    /// the best that the machine has; one that it lacks is refused.
+    pub fn isa(mut self, isa: Isa) -> Self {
+        self.settings.isa = Some(isa);
         self
     }
 
@@ -507,7 +516,7 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
     };
 
     let backend = match settings.device {
-        Device::Auto | Device::Cpu => CpuBackend::new(&CpuConfig { pool: settings.pool(), isa: None })?,
+        Device::Auto | Device::Cpu => CpuBackend::new(&CpuConfig { pool: settings.pool(), isa: settings.isa })?,
     };
     let device = backend.name();
     let mut no_progress: OnProgress = Box::new(|_| ());
