@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// The next part of a continuation: the tokens of one step, or of several that the reader was late for.
+/// The next part of a continuation: what one step gave.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Chunk {

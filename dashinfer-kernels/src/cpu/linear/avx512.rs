@@ -6,10 +6,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocked::{self, Tile, Tiles};
+use super::blocked::{self, F16, F32, Tile, Tiles, group_bytes};
 use super::pack::PANEL;
 use super::{Job, Output};
-use crate::DType;
 
 /// See [`blocked::product`].
 ///
@@ -19,10 +18,6 @@ pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<us
     // SAFETY: the caller's promise, passed on.
     unsafe { blocked::product::<Avx512>(job, rows, panels, out) }
 }
-
-const F32: u8 = 0;
-const F16: u8 = 1;
-const BF16: u8 = 2;
 
 struct Avx512;
 
@@ -35,24 +30,27 @@ impl Tiles for Avx512 {
     /// slower.
     const WIDEN_FROM: Option<usize> = None;
 
-    unsafe fn widen(dtype: DType, from: *const u8, groups: usize, to: *mut f32) {
+    unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32) {
         // SAFETY: the caller's promise, passed on.
-        unsafe {
-            match dtype {
-                DType::F32 => widen::<F32>(from, groups, to),
-                DType::F16 => widen::<F16>(from, groups, to),
-                DType::BF16 => widen::<BF16>(from, groups, to),
-            }
-        }
+        unsafe { widen::<TYPE>(from, groups, to) }
     }
 
-    unsafe fn tile(dtype: DType, rows: usize, tile: &Tile<'_>) {
+    unsafe fn tile<const TYPE: u8>(rows: usize, tile: &Tile<'_>) {
         // SAFETY: the caller's promise, passed on.
         unsafe {
-            match dtype {
-                DType::F32 => rows_of::<F32>(rows, tile),
-                DType::F16 => rows_of::<F16>(rows, tile),
-                DType::BF16 => rows_of::<BF16>(rows, tile),
+            match rows {
+                1 => tile_of::<TYPE, 1>(tile),
+                2 => tile_of::<TYPE, 2>(tile),
+                3 => tile_of::<TYPE, 3>(tile),
+                4 => tile_of::<TYPE, 4>(tile),
+                5 => tile_of::<TYPE, 5>(tile),
+                6 => tile_of::<TYPE, 6>(tile),
+                7 => tile_of::<TYPE, 7>(tile),
+                8 => tile_of::<TYPE, 8>(tile),
+                9 => tile_of::<TYPE, 9>(tile),
+                10 => tile_of::<TYPE, 10>(tile),
+                11 => tile_of::<TYPE, 11>(tile),
+                _ => tile_of::<TYPE, 12>(tile),
             }
         }
     }
@@ -67,28 +65,6 @@ unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32) {
     for k in 0..groups {
         // SAFETY: group `k` exists on both sides; `to` is aligned to a cache line.
         unsafe { _mm512_store_ps(to.add(k * PANEL), load16::<TYPE>(from.add(k * group_bytes(TYPE)))) };
-    }
-}
-
-/// # Safety
-/// As for [`Tiles::tile`].
-unsafe fn rows_of<const TYPE: u8>(rows: usize, tile: &Tile<'_>) {
-    // SAFETY: the caller's promise, passed on.
-    unsafe {
-        match rows {
-            1 => tile_of::<TYPE, 1>(tile),
-            2 => tile_of::<TYPE, 2>(tile),
-            3 => tile_of::<TYPE, 3>(tile),
-            4 => tile_of::<TYPE, 4>(tile),
-            5 => tile_of::<TYPE, 5>(tile),
-            6 => tile_of::<TYPE, 6>(tile),
-            7 => tile_of::<TYPE, 7>(tile),
-            8 => tile_of::<TYPE, 8>(tile),
-            9 => tile_of::<TYPE, 9>(tile),
-            10 => tile_of::<TYPE, 10>(tile),
-            11 => tile_of::<TYPE, 11>(tile),
-            _ => tile_of::<TYPE, 12>(tile),
-        }
     }
 }
 
@@ -134,10 +110,6 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
             tile.out.store(tile.row + i, tile.panel, &sums);
         }
     }
-}
-
-const fn group_bytes(kind: u8) -> usize {
-    if kind == F32 { PANEL * 4 } else { PANEL * 2 }
 }
 
 /// The 16 weights of a group as f32.

@@ -22,6 +22,18 @@ const ROW_BLOCK: usize = 96;
 /// loop alone keeps too few lines in flight.
 const AHEAD_BYTES: usize = 8192;
 
+/// [`DType::F32`] as a parameter of loops that are compiled for one type.
+pub(super) const F32: u8 = 0;
+/// [`DType::F16`]; see [`F32`].
+pub(super) const F16: u8 = 1;
+/// [`DType::BF16`]; see [`F32`].
+pub(super) const BF16: u8 = 2;
+
+/// Bytes of a group of 16 weights.
+pub(super) const fn group_bytes(kind: u8) -> usize {
+    if kind == F32 { PANEL * 4 } else { PANEL * 2 }
+}
+
 /// What an instruction set brings.
 pub(super) trait Tiles {
     /// Rows of a register tile.
@@ -34,17 +46,17 @@ pub(super) trait Tiles {
     /// it, weights are converted in registers as they stream in.
     const WIDEN_FROM: Option<usize>;
 
-    /// Brings `groups` groups of 16 weights to f32, in the order of their columns.
+    /// Brings `groups` groups of 16 weights of `TYPE` to f32, in the order of their columns.
     ///
     /// # Safety
     /// The machine has the instruction set; `from` and `to` hold as many groups, and `to` starts on a cache line.
-    unsafe fn widen(dtype: DType, from: *const u8, groups: usize, to: *mut f32);
+    unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32);
 
-    /// Adds the products of a tile; see [`Tile`].
+    /// Adds the products of a tile of weights of `TYPE`; see [`Tile`].
     ///
     /// # Safety
     /// The machine has the instruction set, and what [`Tile`] says of its fields holds.
-    unsafe fn tile(dtype: DType, rows: usize, tile: &Tile<'_>);
+    unsafe fn tile<const TYPE: u8>(rows: usize, tile: &Tile<'_>);
 }
 
 /// Up to [`Tiles::MAX_ROWS`] rows of `x` by one panel over the steps `ks`. Sums start from the bias if `ks` starts at 0, else from
@@ -97,12 +109,26 @@ struct Wide([MaybeUninit<f32>; WIDE_STEPS * PANEL]);
 /// The machine has the instruction set of `T`. No other thread may write these columns of these rows; the ranges lie within
 /// the job.
 pub(super) unsafe fn product<T: Tiles>(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
-    let (cols, dtype) = (job.weight.cols(), job.weight.dtype());
-    let group = PANEL * dtype.size_bytes();
+    // SAFETY: the caller's promise, passed on; the type is the job's.
+    unsafe {
+        match job.weight.dtype() {
+            DType::F32 => typed::<T, F32>(job, rows, panels, out),
+            DType::F16 => typed::<T, F16>(job, rows, panels, out),
+            DType::BF16 => typed::<T, BF16>(job, rows, panels, out),
+        }
+    }
+}
+
+/// [`product`] for weights of `TYPE`.
+///
+/// # Safety
+/// As there.
+unsafe fn typed<T: Tiles, const TYPE: u8>(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
+    let (cols, group) = (job.weight.cols(), group_bytes(TYPE));
     const {
         assert!(T::WIDEN_FROM.is_none() || T::K_BLOCK <= WIDE_STEPS, "a part must fit the buffer that it is widened to")
     };
-    let widen = dtype != DType::F32 && T::WIDEN_FROM.is_some_and(|from| rows.len() >= from);
+    let widen = TYPE != F32 && T::WIDEN_FROM.is_some_and(|from| rows.len() >= from);
     let mut wide = Wide([const { MaybeUninit::uninit() }; WIDE_STEPS * PANEL]);
     let wide = wide.0.as_mut_ptr().cast::<f32>();
     for first in rows.clone().step_by(ROW_BLOCK) {
@@ -118,12 +144,12 @@ pub(super) unsafe fn product<T: Tiles>(job: &Job<'_>, rows: Range<usize>, panels
                 // is passed on.
                 unsafe {
                     if widen {
-                        T::widen(dtype, weights, tile.ks.len(), wide);
+                        T::widen::<TYPE>(weights, tile.ks.len(), wide);
                         let next = weights.wrapping_add(T::K_BLOCK * group);
                         let tile = Tile { weights: wide.cast(), ahead: next, ..tile };
-                        tiles::<T>(DType::F32, block.clone(), T::K_BLOCK * group, tile);
+                        tiles::<T, F32>(block.clone(), T::K_BLOCK * group, tile);
                     } else {
-                        tiles::<T>(dtype, block.clone(), T::K_BLOCK * group, tile);
+                        tiles::<T, TYPE>(block.clone(), T::K_BLOCK * group, tile);
                     }
                 }
             }
@@ -136,13 +162,13 @@ pub(super) unsafe fn product<T: Tiles>(job: &Job<'_>, rows: Range<usize>, panels
 ///
 /// # Safety
 /// As for [`Tiles::tile`], for all of `rows`.
-unsafe fn tiles<T: Tiles>(dtype: DType, rows: Range<usize>, fetch_bytes: usize, mut tile: Tile<'_>) {
+unsafe fn tiles<T: Tiles, const TYPE: u8>(rows: Range<usize>, fetch_bytes: usize, mut tile: Tile<'_>) {
     let count = rows.len().div_ceil(T::MAX_ROWS);
     let bytes_per_tile = tile.ks.len() * 32;
     for index in 0..count {
         let next = rows.start + rows.len() * (index + 1) / count;
         // SAFETY: the tile lies within `rows`; the caller's promise is passed on.
-        unsafe { T::tile(dtype, next - tile.row, &tile) };
+        unsafe { T::tile::<TYPE>(next - tile.row, &tile) };
         tile.row = next;
         let fetched = (index + 1) * bytes_per_tile < fetch_bytes;
         tile.ahead = if fetched { tile.ahead.wrapping_add(bytes_per_tile) } else { tile.weights };
