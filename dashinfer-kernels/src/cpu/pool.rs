@@ -1,7 +1,4 @@
-//! A pool of threads that one engine owns: parallel loops with a barrier of a few microseconds, asleep when idle.
-//!
-//! The thread that calls [`ThreadPool::run`] works too, as worker 0. Workers wait for the next loop by spinning for some
-//! tens of microseconds, so that the loops of one forward pass follow each other closely, and then sleep.
+//! The threads of an engine: [`ThreadPool`].
 
 use std::cell::UnsafeCell;
 use std::num::NonZeroUsize;
@@ -50,7 +47,10 @@ unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer is not tied to a thread.
 unsafe impl Send for Shared {}
 
-/// See the [module's documentation](self).
+/// Threads that one engine owns: parallel loops with a barrier of a few microseconds, asleep when idle. Dropping it ends them.
+///
+/// The thread that calls [`run`](Self::run) works too. Workers wait for the next loop by spinning for some tens of microseconds,
+/// so that the loops of one forward pass follow each other closely, and then sleep.
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,

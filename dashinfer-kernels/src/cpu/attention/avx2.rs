@@ -7,8 +7,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::math::{exp8, sum8};
-use super::{TILE, Unit, Work};
+use super::{Unit, Work};
 use crate::DType;
+
+/// Positions that are treated together. Block sizes divide it or are a multiple of it.
+const TILE: usize = 64;
 
 /// Queries of a register tile.
 const MAX_QUERIES: usize = 6;

@@ -17,9 +17,6 @@ pub(super) use super::linear::SendPtr;
 use super::pool::ThreadPool;
 use crate::{AttentionParams, PagedBatch};
 
-/// Positions that a variant may treat together. Block sizes divide it or are a multiple of it.
-pub(crate) const TILE: usize = 64;
-
 /// Queries (rows times heads of a group) that a unit aims at: enough to reuse what it reads, few enough that their state
 /// stays in the L2 cache.
 const QUERIES_PER_UNIT: usize = 48;
