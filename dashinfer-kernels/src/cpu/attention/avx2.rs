@@ -219,14 +219,16 @@ unsafe fn add_values<const TYPE: u8>(
     }
 }
 
-/// Splits queries into tiles of at most [`MAX_QUERIES`]: `(first, count)`.
+/// Splits queries into equal tiles of at most [`MAX_QUERIES`]: `(first, count)`. Seven are 4 + 3: a tile of one would wait
+/// for its own sums.
 #[inline(always)]
 fn for_tiles(queries: Range<usize>, mut run: impl FnMut(usize, usize)) {
+    let tiles = queries.len().div_ceil(MAX_QUERIES);
     let mut query = queries.start;
-    while query < queries.end {
-        let count = (queries.end - query).min(MAX_QUERIES);
-        run(query, count);
-        query += count;
+    for tile in 0..tiles {
+        let next = queries.start + queries.len() * (tile + 1) / tiles;
+        run(query, next - query);
+        query = next;
     }
 }
 
