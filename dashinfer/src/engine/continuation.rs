@@ -20,7 +20,9 @@ pub(super) enum Progress {
 
 /// The state of a request between its tokens.
 pub(super) struct Continuation {
+    /// But for the prompt, which the scheduler has.
     pub(super) resolved: Resolved,
+    prompt_len: usize,
     pub(super) writer: Writer,
     detokenizer: Option<Detokenizer>,
     stops: StopMatcher,
@@ -32,10 +34,11 @@ pub(super) struct Continuation {
 }
 
 impl Continuation {
-    pub(super) fn new(new: NewRequest) -> Self {
+    pub(super) fn new(new: NewRequest, prompt_len: usize) -> Self {
         let stops = StopMatcher::new(&new.resolved.stop_strings);
         Self {
             resolved: new.resolved,
+            prompt_len,
             writer: new.writer,
             detokenizer: new.detokenizer,
             stops,
@@ -115,7 +118,7 @@ impl Continuation {
     fn usage(&self, cached_tokens: usize) -> Usage {
         let now = Instant::now();
         Usage {
-            prompt_tokens: self.resolved.prompt.len(),
+            prompt_tokens: self.prompt_len,
             cached_tokens,
             generated_tokens: self.num_generated,
             time_to_first_token: self.first_token.unwrap_or(now) - self.arrived,

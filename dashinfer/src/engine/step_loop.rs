@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
-use dashinfer_kernels::{SampleRow, Sampled};
+use dashinfer_kernels::{KernelError, SampleRow, Sampled};
 use tokio::sync::oneshot;
 
 use super::batch::BatchBuilder;
@@ -144,7 +144,14 @@ impl<E: Executor> StepLoop<E> {
         match command {
             Command::Generate(new) => self.start(*new),
             Command::PromptLogits { tokens, answer } => {
-                let values = vec![0.0; tokens.len() * self.vocab_size];
+                let mut values = Vec::new();
+                let wanted = tokens.len().saturating_mul(self.vocab_size);
+                if values.try_reserve_exact(wanted).is_err() {
+                    let wanted_bytes = wanted.saturating_mul(size_of::<f32>());
+                    let error = KernelError::OutOfMemory { what: "the logits of a prompt", wanted_bytes };
+                    // Whoever has gone needs no answer.
+                    return drop(answer.send(Err(error.into())));
+                }
                 let max_total_tokens = tokens.len();
                 let new = NewSequence { tokens, max_total_tokens, priority: 0, want_all_logits: true, cache_salt: 0 };
                 match self.scheduler.add(new) {
@@ -168,14 +175,16 @@ impl<E: Executor> StepLoop<E> {
         }
     }
 
-    fn start(&mut self, new: NewRequest) {
+    fn start(&mut self, mut new: NewRequest) {
         // Its reader may have gone before it came here, and the command that says so, too.
         if new.writer.is_closed() {
             return;
         }
+        let tokens = std::mem::take(&mut new.resolved.prompt);
+        let prompt_len = tokens.len();
         let sequence = NewSequence {
-            tokens: new.resolved.prompt.clone(),
-            max_total_tokens: new.resolved.prompt.len() + new.resolved.max_tokens,
+            tokens,
+            max_total_tokens: prompt_len + new.resolved.max_tokens,
             priority: new.resolved.priority,
             want_all_logits: false,
             cache_salt: 0,
@@ -183,7 +192,7 @@ impl<E: Executor> StepLoop<E> {
         match self.scheduler.add(sequence) {
             Ok(seq) => {
                 self.by_request.insert(new.writer.id, seq);
-                self.live.insert(seq, Live::Continuation(Box::new(Continuation::new(new))));
+                self.live.insert(seq, Live::Continuation(Box::new(Continuation::new(new, prompt_len))));
             }
             Err(error) => new.writer.fail(error.into()),
         }
@@ -259,8 +268,9 @@ impl<E: Executor> StepLoop<E> {
 
     fn take_logits(&mut self, work: Work, rows: impl Iterator<Item = Vec<f32>>) {
         let Some(Live::PromptLogits { values, answer }) = self.live.get_mut(&work.seq) else { return };
-        let places = values.chunks_exact_mut(self.vocab_size).skip(work.start);
-        places.zip(rows).for_each(|(to, row)| to.copy_from_slice(&row));
+        // Rows come in order; after a preemption they come again from the first.
+        values.truncate(work.start * self.vocab_size);
+        rows.for_each(|row| values.extend_from_slice(&row));
         if !work.samples && !answer.is_closed() {
             return;
         }

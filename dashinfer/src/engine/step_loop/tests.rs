@@ -50,6 +50,7 @@ struct Harness {
     obeyed: mpsc::Receiver<Command>,
     hub: Arc<Hub>,
     limits: Limits,
+    vocab_size: usize,
     next_request: u64,
 }
 
@@ -66,7 +67,7 @@ impl Harness {
             prefix_cache: false,
             hash_seed: 0,
         };
-        Self { commands, obeyed, hub: Hub::new(100), limits, next_request: 0 }
+        Self { commands, obeyed, hub: Hub::new(100), limits, vocab_size: VOCAB, next_request: 0 }
     }
 
     /// A request whose prompt is one token, `name`.
@@ -103,7 +104,7 @@ impl Harness {
         self.send(Command::Close);
         let executor = Scripted { run, num_steps: 0, output: None };
         let scheduler = Scheduler::new(self.limits).unwrap();
-        StepLoop::new(executor, scheduler, self.obeyed, Arc::clone(&self.hub), VOCAB, 16).run();
+        StepLoop::new(executor, scheduler, self.obeyed, Arc::clone(&self.hub), self.vocab_size, 16).run();
         self.hub.stats()
     }
 }
@@ -168,6 +169,18 @@ fn a_failed_step_is_told_to_who_waits_for_logits() {
     let stats = harness.run(|number, step| if number == 0 { Err(broken()) } else { Ok(count(step)) });
     assert!(matches!(block_on(failed).unwrap(), Err(Error::Internal { .. })));
     assert_eq!(block_on(later).unwrap().unwrap().rows().len(), 4);
+    assert_nothing_is_left(stats);
+}
+
+#[test]
+fn logits_that_do_not_fit_the_memory_are_refused_and_others_go_on() {
+    let mut harness = Harness::new();
+    harness.vocab_size = 1 << 60;
+    let (refused, other) = (harness.prompt_logits(vec![1, 2, 3]), harness.request(7, 2, 9));
+    let stats = harness.run(|_, step| Ok(count(step)));
+    let error = block_on(refused).unwrap().unwrap_err().to_string();
+    assert_eq!(error, format!("out of memory: {} bytes for the logits of a prompt", 12_u64 << 60));
+    assert_eq!(tokens(other), [0, 1]);
     assert_nothing_is_left(stats);
 }
 
