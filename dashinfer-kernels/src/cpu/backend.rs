@@ -87,6 +87,9 @@ pub struct CpuBackend {
     batch: PagedBatch,
     /// To see that no two rows of a step share a slot: threads write slots without locks.
     sorted_slots: Vec<u32>,
+    /// One more than the last slot and the last block that `batch` names: looked for once a step, not in each layer.
+    num_slots_named: usize,
+    num_blocks_named: usize,
     ropes: Vec<RopeTable>,
     attention_scratch: attention::Scratch,
     sample_scratch: Vec<SampleScratch>,
@@ -111,6 +114,8 @@ impl CpuBackend {
             attend: attention::best(isa),
             batch: PagedBatch::default(),
             sorted_slots: Vec::new(),
+            num_slots_named: 0,
+            num_blocks_named: 0,
             ropes: Vec::new(),
             attention_scratch: attention::Scratch::default(),
             sample_scratch: Vec::new(),
@@ -159,11 +164,12 @@ impl CpuBackend {
             });
         }
         let slots = spec.num_blocks * spec.block_size;
-        if let Some(&slot) = self.batch.slots.iter().find(|&&slot| slot as usize >= slots) {
-            return Err(KernelError::Shape { op, what: "slots of the cache", wanted: slot as usize + 1, found: slots });
+        let wanted = self.num_slots_named;
+        if wanted > slots {
+            return Err(KernelError::Shape { op, what: "slots of the cache", wanted, found: slots });
         }
-        if let Some(&block) = self.batch.block_table.iter().find(|&&block| block as usize >= spec.num_blocks) {
-            let wanted = block as usize + 1;
+        let wanted = self.num_blocks_named;
+        if wanted > spec.num_blocks {
             return Err(KernelError::Shape { op, what: "blocks of the cache", wanted, found: spec.num_blocks });
         }
         for sequence in &self.batch.sequences {
@@ -230,6 +236,9 @@ impl Backend for CpuBackend {
         self.sorted_slots.sort_unstable();
         self.sorted_slots.dedup();
         check(OP, "different slots", batch.slots.len(), self.sorted_slots.len())?;
+        // Set together with the batch, and only if all of it is good.
+        self.num_slots_named = self.sorted_slots.last().map_or(0, |&slot| slot as usize + 1);
+        self.num_blocks_named = batch.block_table.iter().max().map_or(0, |&block| block as usize + 1);
         self.batch.clone_from(batch);
         self.ropes.resize_with(ropes.len(), RopeTable::default);
         for (table, rope) in self.ropes.iter_mut().zip(ropes) {

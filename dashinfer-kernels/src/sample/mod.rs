@@ -38,20 +38,25 @@ pub struct SampleParams {
     pub logprobs: Option<usize>,
 }
 
+impl SampleParams {
+    /// The most likely token, with nothing else said.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: None,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        logit_bias: Vec::new(),
+        seed: 0,
+        logprobs: None,
+    };
+}
+
 impl Default for SampleParams {
     fn default() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: None,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Vec::new(),
-            seed: 0,
-            logprobs: None,
-        }
+        Self::GREEDY
     }
 }
 
@@ -178,18 +183,7 @@ mod tests {
 
     const NO_ROW: SampleRow<'static> =
         SampleRow { logits_row: 0, params: &GREEDY, position: 0, prompt: &[], generated: &[], banned: &[] };
-    const GREEDY: SampleParams = SampleParams {
-        temperature: 0.0,
-        top_k: None,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: Vec::new(),
-        seed: 0,
-        logprobs: None,
-    };
+    const GREEDY: SampleParams = SampleParams::GREEDY;
 
     fn sampled(logits: &[f32], row: SampleRow<'_>) -> Sampled {
         sample_row(&mut logits.to_vec(), &row, &mut SampleScratch::new())
