@@ -1,6 +1,7 @@
 //! Command-line options: `--name value`, and `--name` alone.
 
 use std::fmt;
+use std::process::ExitCode;
 use std::str::FromStr;
 
 /// The options that nobody has asked for yet.
@@ -20,6 +21,33 @@ impl fmt::Display for ArgumentError {
 }
 
 impl std::error::Error for ArgumentError {}
+
+/// The `main` of a program: `--help` prints `usage`; wrong options do, with what is wrong, and end with status 2; an error of
+/// `run` ends with status 1.
+#[expect(clippy::print_stdout, reason = "help that was asked for is output")]
+pub fn main<O>(
+    name: &str,
+    usage: &str,
+    parse: impl FnOnce(Arguments) -> Result<O, ArgumentError>,
+    run: impl FnOnce(O) -> Result<ExitCode, Box<dyn std::error::Error>>,
+) -> ExitCode {
+    let mut args = Arguments::from_process();
+    if args.flag("--help") {
+        print!("{usage}");
+        return ExitCode::SUCCESS;
+    }
+    let options = match parse(args) {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("{name}: {error}\n\n{usage}");
+            return ExitCode::from(2);
+        }
+    };
+    run(options).unwrap_or_else(|error| {
+        eprintln!("{name}: {error}");
+        ExitCode::FAILURE
+    })
+}
 
 impl Arguments {
     /// The options of this process.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use benches::arguments::{ArgumentError, Arguments};
+use benches::arguments::{self, ArgumentError, Arguments};
 use dashinfer::{Engine, FinishReason, Request, TokenStream};
 use futures::executor::block_on;
 use futures::future::try_join_all;
@@ -163,27 +163,13 @@ fn run(options: &Options) -> Result<Verdict, Box<dyn Error>> {
 }
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_process();
-    if args.flag("--help") {
-        print!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
-    let options = match Options::parse(args) {
-        Ok(options) => options,
-        Err(error) => {
-            eprintln!("stalled_reader: {error}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
-        Ok(Verdict::Kept) => ExitCode::SUCCESS,
-        Ok(Verdict::Lost) => ExitCode::FAILURE,
-        Ok(Verdict::Unclear) => ExitCode::from(3),
-        Err(error) => {
-            eprintln!("stalled_reader: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    arguments::main("stalled_reader", USAGE, Options::parse, |options| {
+        Ok(match run(&options)? {
+            Verdict::Kept => ExitCode::SUCCESS,
+            Verdict::Lost => ExitCode::FAILURE,
+            Verdict::Unclear => ExitCode::from(3),
+        })
+    })
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use benches::arguments::{ArgumentError, Arguments};
+use benches::arguments::{self, ArgumentError, Arguments};
 use benches::limits::{Limits, rate};
 use benches::rss;
 use benches::work::Work;
@@ -409,25 +409,10 @@ fn open(model: &Model) -> Result<(Source, ModelSpec, DType), Box<dyn Error>> {
 }
 
 fn main() -> ExitCode {
-    let mut args = Arguments::from_process();
-    if args.flag("--help") {
-        print!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
-    let options = match Options::parse(args) {
-        Ok(options) => options,
-        Err(error) => {
-            eprintln!("throughput: {error}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match Bench::new(options).and_then(|bench| bench.run()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("throughput: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    arguments::main("throughput", USAGE, Options::parse, |options| {
+        Bench::new(options)?.run()?;
+        Ok(ExitCode::SUCCESS)
+    })
 }
 
 #[cfg(test)]
