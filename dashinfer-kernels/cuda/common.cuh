@@ -1,0 +1,147 @@
+// What all kernels share: the element type, conversions, 16-byte loads, reductions, programmatic launches.
+//
+// A file is compiled once for each element type: -DDASH_TYPE=bf16 | f16 | f32 makes `T` that type and KERNEL(name) the
+// symbol name_bf16, .. . No toolkit header: a machine may have NVRTC alone. Conversions are inline PTX.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+using uptr = unsigned long long;
+
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+using f32 = float;
+
+#ifndef DASH_TYPE
+#define DASH_TYPE bf16
+#endif
+using T = DASH_TYPE;
+#define DASH_PASTE(a, b) a##_##b
+#define DASH_EXPAND(a, b) DASH_PASTE(a, b)
+#define KERNEL(name) DASH_EXPAND(name, DASH_TYPE)
+
+constexpr float INF = __builtin_huge_valf();
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// --- conversions -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_float(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+template <typename To>
+__device__ __forceinline__ To from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float x) {
+    f16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    bf16 y;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+    // Round to nearest, ties to even; a NaN stays one.
+    u32 bits = __float_as_uint(x);
+    y.bits = (bits & 0x7fffffffu) > 0x7f800000u ? u16(0x7fff) : u16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+    return y;
+}
+
+// Two values in one register, the first in the lower half.
+template <typename To>
+__device__ __forceinline__ u32 pack2(float lo, float hi) {
+    return u32(from_float<To>(lo).bits) | u32(from_float<To>(hi).bits) << 16;
+}
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ u32 pack2<bf16>(float lo, float hi) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+template <>
+__device__ __forceinline__ u32 pack2<f16>(float lo, float hi) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+#endif
+
+// --- vectors -----------------------------------------------------------------------------------------------------------
+
+// N values that are loaded and stored at once; N * sizeof(V) is 2, 4, 8 or 16 bytes, and the address a multiple of it.
+template <typename V, int N>
+struct alignas(sizeof(V) * N) Vec {
+    V at[N];
+};
+template <typename V>
+constexpr int PER_16B = 16 / int(sizeof(V));
+
+template <int N, typename V>
+__device__ __forceinline__ Vec<V, N> load(const V* from) { return *reinterpret_cast<const Vec<V, N>*>(from); }
+template <int N, typename V>
+__device__ __forceinline__ void store(V* to, const Vec<V, N>& values) { *reinterpret_cast<Vec<V, N>*>(to) = values; }
+
+// 16 bytes that are read once: past the first-level cache.
+__device__ __forceinline__ uint4 load_stream(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ u32 smem_u32(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// --- reductions --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane >>= 1) x += __shfl_xor_sync(ALL_LANES, x, lane);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lane));
+    return x;
+}
+
+// The sum over the block, in every thread; the order is fixed. blockDim.x is a multiple of 32, at most 1024.
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float of_warp[32];
+    x = warp_sum(x);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+    __syncthreads(); // of an earlier use
+    if (lane == 0) of_warp[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < num_warps ? of_warp[lane] : 0.f);
+}
+
+// --- programmatic dependent launch -------------------------------------------------------------------------------------
+//
+// Kernels are launched so that one may start while the one before it still runs (SM90 and newer). Every thread of every
+// kernel calls `wait_for_inputs` once, before it reads what an earlier kernel wrote, writes anything to global memory, or
+// returns. Before it only constants (weights, kernel parameters) may be read. `let_next_start` may come at any time.
+
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
