@@ -148,7 +148,7 @@ __device__ __forceinline__ float block_sum(float x) {
 // kernel calls `wait_for_inputs` once, before it reads what an earlier kernel wrote, writes anything to global memory, or
 // returns. Before it only constants (weights, kernel parameters) may be read. `let_next_start` may come at any time.
 // What earlier kernels write is no `const __restrict__` parameter: the compiler takes that for memory which nobody changes
-// while the kernel runs, and may then read it before the wait.
+// while the kernel runs, and may then read it before the wait; nor is the output `__restrict__` beside it.
 
 __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900

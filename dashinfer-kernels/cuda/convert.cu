@@ -4,7 +4,7 @@
 #include "common.cuh"
 
 template <typename Stored>
-__device__ __forceinline__ void convert(T* __restrict__ out, const Stored* __restrict__ from, u64 count) {
+__device__ __forceinline__ void convert(T* out, const Stored* from, u64 count) {
     let_next_start();
     wait_for_inputs();
     const u64 first = (u64(blockIdx.x) * blockDim.x + threadIdx.x) * 4;

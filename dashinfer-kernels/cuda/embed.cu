@@ -5,7 +5,7 @@
 
 constexpr u32 NOT_CARRIED = 0xffffffffu;
 
-extern "C" __global__ void __launch_bounds__(512) KERNEL(embed)(T* __restrict__ out, const T* __restrict__ table,
+extern "C" __global__ void __launch_bounds__(512) KERNEL(embed)(T* out, const T* __restrict__ table,
                                                                  const u32* ids, const u32* carried,
                                                                  const u32* last_ids, u32 hidden, u32 num_rows) {
     let_next_start();

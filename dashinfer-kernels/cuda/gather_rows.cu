@@ -2,7 +2,7 @@
 // One block per row. Limit: memory, 2 * num_rows * cols elements; for few rows the launch.
 #include "common.cuh"
 
-extern "C" __global__ void __launch_bounds__(512) KERNEL(gather_rows)(T* __restrict__ out, const T* x,
+extern "C" __global__ void __launch_bounds__(512) KERNEL(gather_rows)(T* out, const T* x,
                                                                       const u32* rows, u32 num_rows, u32 cols) {
     let_next_start();
     wait_for_inputs();

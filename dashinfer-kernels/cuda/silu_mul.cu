@@ -8,7 +8,7 @@ __device__ __forceinline__ float silu(float gate) {
     return __fdividef(gate, 1.f + __expf(-gate));
 }
 
-extern "C" __global__ void __launch_bounds__(256) KERNEL(silu_mul)(T* __restrict__ out, const T* x, u32 cols,
+extern "C" __global__ void __launch_bounds__(256) KERNEL(silu_mul)(T* out, const T* x, u32 cols,
                                                                     u32 num_rows) {
     constexpr u32 N = PER_16B<T>;
     let_next_start();
