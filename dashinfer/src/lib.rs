@@ -80,7 +80,7 @@ mod text;
 pub use dashinfer_kernels::cpu::Isa;
 pub use engine::{
     Blocking, BlockingTokens, ComputeType, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load,
-    LoadPhase, ModelInfo, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,
+    LoadPhase, ModelInfo, ParseSettingError, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,
 };
 pub use error::Error;
 pub use output::{Chunk, Completion, Finish, FinishReason, TokenLogprob, Usage};

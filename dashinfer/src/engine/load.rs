@@ -19,6 +19,7 @@ use dashinfer_models::{
 };
 use tokio::sync::{oneshot, watch};
 
+use super::device::{ComputeType, Device, KvCacheType, WeightType};
 use super::executor::LocalExecutor;
 use super::front::Front;
 use super::hub::Hub;
@@ -66,29 +67,6 @@ impl Source {
     }
 }
 
-/// The type of [random weights](Source::Random).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum WeightType {
-    /// 32 bits.
-    F32,
-    /// 16 bits with 11 of precision.
-    F16,
-    /// 16 bits with 8 of precision and the range of f32.
-    #[default]
-    BF16,
-}
-
-impl WeightType {
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-        }
-    }
-}
-
 impl<P: AsRef<Path> + ?Sized> From<&P> for Source {
     fn from(folder: &P) -> Self {
         Self::Folder(folder.as_ref().to_owned())
@@ -104,71 +82,6 @@ impl From<PathBuf> for Source {
 impl From<String> for Source {
     fn from(folder: String) -> Self {
         Self::Folder(folder.into())
-    }
-}
-
-/// Where a model runs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Device {
-    /// The first NVIDIA GPU if there is one and this build has the `cuda` feature, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The NVIDIA GPU of this number, counted from 0 as CUDA counts them. Needs the `cuda` feature.
-    Cuda(usize),
-}
-
-/// The type in which a model is computed: of activations, and of weights, which are converted when they are loaded.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ComputeType {
-    /// On the CPU f32 activations, with weights as they are stored. On a GPU the type in which most of the weights are stored.
-    #[default]
-    Auto,
-    /// 32 bits. On a GPU for tests: nothing there is tuned for it.
-    F32,
-    /// 16 bits with 11 of precision; sums in f32. On GPUs only.
-    F16,
-    /// 16 bits with 8 of precision and the range of f32; sums in f32. On GPUs only.
-    BF16,
-}
-
-impl ComputeType {
-    fn dtype(self) -> Option<DType> {
-        match self {
-            Self::Auto => None,
-            Self::F32 => Some(DType::F32),
-            Self::F16 => Some(DType::F16),
-            Self::BF16 => Some(DType::BF16),
-        }
-    }
-}
-
-/// The type in which keys and values are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum KvCacheType {
-    /// The type in which the model is computed: f32 on the CPU. On a GPU there is no other yet.
-    #[default]
-    Auto,
-    /// 32 bits: exactly what was computed.
-    F32,
-    /// 16 bits with 11 of precision: half the memory.
-    F16,
-    /// 16 bits with 8 of precision and the range of f32: half the memory.
-    BF16,
-}
-
-impl KvCacheType {
-    fn dtype(self) -> Option<DType> {
-        match self {
-            Self::Auto => None,
-            Self::F32 => Some(DType::F32),
-            Self::F16 => Some(DType::F16),
-            Self::BF16 => Some(DType::BF16),
-        }
     }
 }
 

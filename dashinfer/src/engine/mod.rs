@@ -8,6 +8,7 @@
 mod batch;
 mod blocking;
 mod continuation;
+mod device;
 mod executor;
 mod front;
 mod hub;
@@ -25,8 +26,9 @@ use std::time::Instant;
 use tokio::sync::{oneshot, watch};
 
 pub use blocking::{Blocking, BlockingTokens};
+pub use device::{ComputeType, Device, KvCacheType, ParseSettingError, WeightType};
 pub use hub::EngineStats;
-pub use load::{ComputeType, Device, KvCacheType, Load, LoadPhase, Progress, Source, WeightType};
+pub use load::{Load, LoadPhase, Progress, Source};
 pub use many::{GenerateStream, Tagged};
 pub use memory::Estimate;
 pub use stream::TokenStream;
