@@ -19,6 +19,9 @@
 #ifndef KEYS_PER_TILE
 #define KEYS_PER_TILE (HEAD_DIM <= 128 ? 128 : 64)
 #endif
+#ifndef TAKE_TURNS
+#define TAKE_TURNS 1
+#endif
 
 struct PrefillTile {
     u32 first_row, num_rows, position, first_block;
@@ -283,7 +286,7 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
         if (lane == 0) mbarrier_arrive(smem + empty + 8 * place.stage());
         ++place.count;
     };
-    if (group == 1) barrier_arrive(TURN, 256); // the first turn is that of warpgroup 0
+    if (TAKE_TURNS && group == 1) barrier_arrive(TURN, 256); // the first turn is that of warpgroup 0
 
     Item item = item_of(problem, 0);
     if (item.num_rows) load_queries(item, q_at, qkv, row_stride, group, thread);
@@ -323,14 +326,14 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
             while (keys > item.first_keys) {
                 --keys;
                 wait_for(K_FULL, k);
-                barrier_sync(TURN + group, 256);
+                if constexpr (TAKE_TURNS) barrier_sync(TURN + group, 256);
                 hold(s), hold(o), hold(p);
                 wgmma_fence();
                 multiply_keys(s, q, descriptor_after(first_k, k.stage() * TILE_BYTES));
                 wait_for(V_FULL, v);
                 wgmma_fence();
                 multiply_values(o, p, descriptor_after(first_v, v.stage() * TILE_BYTES));
-                barrier_arrive(TURN + (group ^ 1), 256);
+                if constexpr (TAKE_TURNS) barrier_arrive(TURN + (group ^ 1), 256);
                 wgmma_wait<1>();
                 hold(s);
                 release(K_EMPTY, k);
