@@ -13,3 +13,4 @@ pub(crate) mod silu_mul;
 mod bench_elementwise;
 #[cfg(test)]
 mod testing;
+pub(crate) mod attention_prefill_sm90;
