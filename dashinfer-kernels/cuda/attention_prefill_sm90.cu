@@ -104,11 +104,15 @@ __device__ __forceinline__ void copy_tile(Source& to, u32 smem, const u32* block
     mbarrier_wait(smem + to.empty + 8 * stage, to.place.parity() ^ 1);
     if (lane == 0) mbarrier_expect(full, (boxes << box_shift) * SWIZZLE);
     __syncwarp();
-    for (u32 box = lane; box < boxes; box += 32) {
-        const u32 part = box / CHUNKS << box_shift, chunk = box % CHUNKS;
-        if (box >= 32) block = blocks[(first + part) >> block_shift];
-        copy_tensor_4d(smem + to.tile_at + stage * TILE_BYTES + (chunk * KEYS + part) * SWIZZLE, to.map, full, chunk * CHUNK,
-                       (first + part) & ((1u << block_shift) - 1), kv_head, block);
+    constexpr u32 MOST = KEYS / 16 * CHUNKS;
+#pragma unroll
+    for (u32 turn = 0; turn < MOST; turn += 32) {
+        const u32 box = turn + lane, part = box / CHUNKS << box_shift, chunk = box % CHUNKS;
+        if (box < boxes) {
+            if (turn > 0) block = blocks[(first + part) >> block_shift];
+            copy_tensor_4d(smem + to.tile_at + stage * TILE_BYTES + (chunk * KEYS + part) * SWIZZLE, to.map, full, chunk * CHUNK,
+                           (first + part) & ((1u << block_shift) - 1), kv_head, block);
+        }
     }
     ++to.place.count;
 }
