@@ -13,6 +13,7 @@ mod memory;
 mod nvrtc;
 mod ops;
 mod plan;
+mod probe;
 mod step;
 mod tensor_map;
 mod units;
