@@ -10,6 +10,7 @@ mod library;
 mod memory;
 mod nvrtc;
 mod ops;
+mod plan;
 mod units;
 
 pub use device::{Arch, num_devices};
