@@ -19,7 +19,7 @@ use super::ops::linear::{CudaLinear, LinearMode, Linears};
 use super::ops::operand::Span;
 use super::ops::rms_norm::RmsNorm;
 use super::ops::rope::{RopeAndCache, RopeOperands, RopeSizes};
-use super::ops::sample::CudaSampler;
+use super::ops::sample::{CudaSampler, Logits};
 use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
 use super::step::StepBuffer;
@@ -149,7 +149,8 @@ pub struct CudaBackend {
     attention: Attention,
     silu: SiluMul,
     gather: GatherRows,
-    sampler: CudaSampler,
+    /// Made when it is known how many rows it may get.
+    sampler: Option<CudaSampler>,
     inv_freq: Vec<(Rope, Buffer)>,
     plan: AttentionPlan,
     max_slots: usize,
@@ -199,7 +200,7 @@ impl CudaBackend {
             attention: Attention::new(device, dtype, config.deterministic)?,
             silu: SiluMul::new(device, dtype)?,
             gather: GatherRows::new(device, dtype)?,
-            sampler: CudaSampler::new(device)?,
+            sampler: None,
             inv_freq: Vec::new(),
             plan: AttentionPlan::default(),
             max_slots: 0,
@@ -406,7 +407,7 @@ impl Backend for CudaBackend {
         for carried in step.carried {
             scratch.carried[carried.row as usize] = carried.sampled;
         }
-        let last_ids = self.sampler.last_ids();
+        let last_ids = self.sampler.as_ref().map_or(0, CudaSampler::last_ids);
 
         let mut wanted = [0; section::COUNT];
         wanted[section::NUM_UNITS] = 4 * self.plan.chunks.len();
@@ -618,12 +619,18 @@ impl Backend for CudaBackend {
 
     fn sample(&mut self, logits: &mut CudaTensor, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {
         self.device.bind()?;
-        self.sampler.launch((&logits.buffer).into(), logits.max_rows, logits.cols, rows)
+        let sampler = match &mut self.sampler {
+            Some(sampler) if sampler.max_rows() >= logits.max_rows => sampler,
+            sampler => sampler.insert(CudaSampler::new(&self.device, logits.max_rows)?),
+        };
+        let (ptr, rows_there) = (logits.buffer.ptr(), logits.max_rows);
+        let logits = Logits { ptr, rows: rows_there, vocab: logits.cols, stride: logits.cols };
+        sampler.launch(&self.device, logits, rows)
     }
 
     fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError> {
         self.device.bind()?;
-        self.sampler.collect()
+        self.sampler.as_mut().ok_or(KernelError::NothingToCollect)?.collect()
     }
 
     fn read_row(&self, x: &CudaTensor, row: usize) -> Result<Vec<f32>, KernelError> {

@@ -202,6 +202,11 @@ impl AttentionPlan {
         self.split_rows(params, padded_rows);
     }
 
+    /// Whether a row has several units, so that there is something to combine.
+    pub(crate) fn is_split(&self) -> bool {
+        self.splits.iter().any(|row| row.num_splits > 1)
+    }
+
     fn split_rows(&mut self, params: &PlanParams, padded_rows: Option<usize>) {
         self.units.clear();
         self.splits.clear();

@@ -252,7 +252,7 @@ impl Attention {
         plan: &AttentionPlan,
         max_slots: usize,
     ) -> Result<(), KernelError> {
-        let wanted = [params.head_dim, 2].map(|values| max_slots * params.num_heads * values * size_of::<f32>());
+        let wanted = Partials::bytes(max_slots, params.num_heads, params.head_dim);
         for (buffer, wanted) in self.partials.iter_mut().zip(wanted) {
             if buffer.bytes() < wanted {
                 *buffer = self.device.alloc("partial attention", wanted)?;
@@ -270,8 +270,8 @@ impl Attention {
                 k_cache: operands.cache[0],
                 v_cache: operands.cache[1],
                 block_size: operands.block_size,
-                units: operands.units.from(chunk.units.start * size)?,
-                num_units: operands.num_units.from(index * size_of::<u32>())?,
+                units: operands.units.rest(chunk.units.start * size)?,
+                num_units: operands.num_units.rest(index * size_of::<u32>())?,
                 block_table: operands.block_table,
                 partials,
                 params,
@@ -281,7 +281,7 @@ impl Attention {
                 Units::Simple(kernel) => kernel.run(&self.device, &decode)?,
             }
             if plan.is_split() && !chunk.splits.is_empty() {
-                let splits = operands.splits.from(chunk.splits.start * size_of::<RowSplits>())?;
+                let splits = operands.splits.rest(chunk.splits.start * size_of::<RowSplits>())?;
                 let (out, splits) = ((operands.out, operands.num_rows), (splits, chunk.splits.len()));
                 let sizes = [params.num_heads, params.head_dim];
                 self.combine.run(&self.device, out, &partials, splits, sizes)?;
