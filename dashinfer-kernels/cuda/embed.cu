@@ -1,6 +1,7 @@
 // out[t, :] = table[id(t), :]        out: [T, E]   table: [V, E]   id(t): ids[t], or (*last_ids)[carried[t]] where carried[t] is given
 // A decode that follows a step whose samples the host has not seen yet takes its token from the device: `carried` names the
-// row of `*last_ids` that the sampler wrote: it writes to two places in turn, so a recorded step reads which. One block per row. Limit: memory, 2 * T * E elements; for one row the launch.
+// row of `*last_ids` that the sampler wrote. It writes to two places in turn, and a recorded step reads which.
+// One block per row. Limit: memory, 2 * T * E elements; for one row the launch.
 #include "common.cuh"
 
 constexpr u32 NOT_CARRIED = 0xffffffffu;
