@@ -122,8 +122,7 @@ fn logits_can_be_sampled() {
     let mut cache = cache(&decoder);
     let mut logits = decoder.forward(&prompt(4, &[1, 3]), &mut cache).unwrap();
     let params = SampleParams::default();
-    let row =
-        |logits_row| SampleRow { logits_row, params: &params, position: 4, prompt: &[], generated: &[], banned: &[] };
+    let row = |logits_row| SampleRow::new(logits_row, &params, 4);
     let values = logits.read_row(1).unwrap();
     let sampled = logits.sample(&[row(1)]).unwrap();
     assert!(values.iter().all(|value| *value <= values[sampled[0].id as usize]));
