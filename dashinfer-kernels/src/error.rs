@@ -34,6 +34,9 @@ pub enum KernelError {
         /// How much was asked for.
         wanted_bytes: usize,
     },
+    /// Results were asked for of which none are under way.
+    #[error("there are no sampled tokens to collect")]
+    NothingToCollect,
     /// The system refused to start a thread or to set its affinity.
     #[error("cannot set up the thread pool: {0}")]
     Threads(String),

@@ -78,9 +78,9 @@ pub struct SampleRow<'a> {
     /// The only tokens that may be picked (what a grammar allows): bit `i % 32` of word `i / 32` is set for token `i`, and
     /// tokens beyond its end may not. `None` allows all; bans hold besides.
     pub allowed: Option<&'a [u32]>,
-    /// The token behind `generated` that the host does not know yet: the one which the newest call before this one
-    /// sampled for its row of this index. The penalties count it. Only a backend that starts a step before the tokens of
-    /// the step before are known is ever given one; the CPU's is not, and [`sample_row`] ignores it.
+    /// With `Some(i)`, one more token follows `generated`, which the host does not know yet: the one that was sampled for row
+    /// `i` of the sampling before this one. Only a backend with a [depth](crate::Backend::depth) above 0 is given such rows;
+    /// [`sample_row`] has nowhere to look and ignores it.
     pub carried: Option<u32>,
 }
 
