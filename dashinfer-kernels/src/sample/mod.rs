@@ -10,6 +10,8 @@ mod filter;
 mod philox;
 mod softmax;
 
+#[cfg(feature = "cuda")]
+pub(crate) use philox::uniform;
 use softmax::Softmax;
 
 /// How a request picks its tokens. The default is greedy.

@@ -1,1 +1,3 @@
 //! One launcher for each kernel: it checks shapes, and is the only place that launches it.
+
+pub(crate) mod sample;
