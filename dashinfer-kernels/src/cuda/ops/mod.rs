@@ -10,9 +10,11 @@ pub(crate) mod attention_units;
 pub(crate) mod convert;
 pub(crate) mod embed;
 pub(crate) mod gather_rows;
+pub(crate) mod linear;
 pub(crate) mod operand;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+pub(crate) mod sample;
 pub(crate) mod silu_mul;
 
 #[cfg(test)]
