@@ -50,7 +50,7 @@ constexpr int NUM_GROUPS = TILE_N / GROUP;
 // The queries stay in registers where those suffice; else they are read again for each tile of positions.
 constexpr bool KEEP_Q = M_TILES * (D / 4 + D / 2 + TILE_N / 2) <= 168;
 // Steps of the product with the keys that the compiler may mix: all of them need more registers than there are.
-constexpr int Q_UNROLL = KEEP_Q ? D / 16 : 4;
+constexpr int Q_UNROLL = D < 128 || KEEP_Q ? D / 16 : 4;
 constexpr int KEY_SHIFT = C % 8 == 0 ? 0 : C % 8 == 4 ? 1 : 2;
 constexpr int KEY_MASK = C % 8 == 0 ? 7 : C % 8 == 4 ? 3 : 1;
 static_assert(D % 16 == 0 && C % 2 == 0 && D <= 256, "head size");
