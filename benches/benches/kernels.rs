@@ -17,8 +17,8 @@ use benches::{machine, naive};
 use criterion::{Criterion, Throughput};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, Isa, PoolConfig, to_bytes};
 use dashinfer_kernels::{
-    AttentionParams, Backend, DType, KvCacheSpec, MatrixView, PagedBatch, Rope, RopePairs, SampleParams, SampleRow,
-    SequenceRows,
+    AttentionParams, Backend, DType, Issue, KvCacheSpec, MatrixView, PagedBatch, Rope, RopePairs, SampleParams,
+    SampleRow, SequenceRows, StepRows, TensorUse,
 };
 
 const FITS: &str = "the operands of a benchmark fit each other";
@@ -209,8 +209,8 @@ impl Kernels {
         };
         let layers = self.copies(layer_bytes);
         let setup = |backend: &mut CpuBackend| {
-            let cache = filled_cache(backend, dtype, layers, batch, context);
-            backend.begin_step(&paged(batch, rows, context), &[rope()]).expect(FITS);
+            let mut cache = filled_cache(backend, dtype, layers, batch, context);
+            begin(backend, &ids(batch * rows, 0), &paged(batch, rows, context), &mut cache);
             let qkv = tensor(backend, batch * rows, QKV);
             let mut out = tensor(backend, batch * rows, PARAMS.num_heads * HEAD_DIM);
             let mut layer = 0;
@@ -240,7 +240,7 @@ impl Kernels {
         let setup = |backend: &mut CpuBackend| {
             let spec = cache_spec(dtype, layers, rows, 1);
             let mut cache = backend.kv_cache(&spec).expect("memory for a cache");
-            backend.begin_step(&paged(1, rows, rows), &[rope()]).expect(FITS);
+            begin(backend, &ids(rows, 0), &paged(1, rows, rows), &mut cache);
             let mut qkv = Rotation::new(layers, || tensor(backend, rows, QKV));
             let mut layer = 0;
             move |backend: &mut CpuBackend| {
@@ -273,8 +273,11 @@ impl Kernels {
             let table = backend.pack(&[view], None).expect(FITS);
             let mut out = tensor(backend, rows, HIDDEN);
             let mut lists = ids.iter().cycle();
+            let batch = paged(1, rows, rows);
+            let mut cache = backend.kv_cache(&cache_spec(dtype, 1, rows, 1)).expect("memory for a cache");
             move |backend: &mut CpuBackend| {
-                backend.embed(&mut out, &table, lists.next().expect("it has no end")).expect(FITS);
+                begin(backend, lists.next().expect("it has no end"), &batch, &mut cache);
+                backend.embed(&mut out, &table).expect(FITS);
             }
         };
         let naive = || {
@@ -298,11 +301,14 @@ impl Kernels {
         let copies = self.copies(bytes);
         let setup = |backend: &mut CpuBackend| {
             let mut logits = Rotation::new(copies, || tensor(backend, rows, VOCAB));
-            let row =
-                |logits_row| SampleRow { logits_row, params, position: 100, prompt: &[], generated: &[], banned: &[] };
+            let row = |logits_row| {
+                let (prompt, generated, banned) = (&[], &[], &[]);
+                SampleRow { logits_row, params, position: 100, prompt, generated, banned, carried: None }
+            };
             let rows: Vec<_> = (0..rows).map(row).collect();
             move |backend: &mut CpuBackend| {
-                black_box(backend.sample(logits.next(), &rows).expect(FITS));
+                backend.sample(logits.next(), &rows).expect(FITS);
+                black_box(backend.collect_sampled().expect(FITS));
             }
         };
         let naive = || {
@@ -357,7 +363,7 @@ fn ids(len: usize, seed: usize) -> Vec<u32> {
 }
 
 fn tensor(backend: &CpuBackend, rows: usize, cols: usize) -> CpuTensor {
-    let mut tensor = backend.tensor(rows, cols).expect("memory for a tensor");
+    let mut tensor = backend.tensor(rows, cols, TensorUse::Activations).expect("memory for a tensor");
     tensor.resize("benchmark", rows, cols).expect(FITS);
     tensor.values_mut().copy_from_slice(&noise(rows * cols));
     tensor
@@ -377,12 +383,18 @@ fn cache_spec(dtype: DType, num_layers: usize, context: usize, batch: usize) -> 
 /// A cache in which every position of every sequence is stored.
 fn filled_cache(backend: &mut CpuBackend, dtype: DType, layers: usize, batch: usize, context: usize) -> CpuKvCache {
     let mut cache = backend.kv_cache(&cache_spec(dtype, layers, context, batch)).expect("memory for a cache");
-    backend.begin_step(&paged(batch, context, context), &[rope()]).expect(FITS);
+    begin(backend, &ids(batch * context, 0), &paged(batch, context, context), &mut cache);
     let mut qkv = tensor(backend, batch * context, QKV);
     for layer in 0..layers {
         backend.rope_and_cache(&mut qkv, &mut cache, layer, &PARAMS, 0, None).expect(FITS);
     }
     cache
+}
+
+/// Announces a step of these ids.
+fn begin(backend: &mut CpuBackend, ids: &[u32], paged: &PagedBatch, cache: &mut CpuKvCache) {
+    let step = StepRows { ids, carried: &[], paged, logit_rows: &[], may_record: false };
+    assert_eq!(backend.begin_step(&step, &[rope()], cache).expect(FITS), Issue::Operators);
 }
 
 /// A step of the last `rows` tokens of `batch` sequences of `context`.

@@ -48,6 +48,50 @@ pub struct PagedBatch {
     pub block_table: Vec<u32>,
 }
 
+/// What a step computes: its rows, where they stand, and which of them get logits.
+#[derive(Debug, Clone, Copy)]
+pub struct StepRows<'a> {
+    /// `[T]`: the token of each row. What it says of a [carried](Self::carried) row is not read.
+    pub ids: &'a [u32],
+    /// Rows whose token the host does not know yet, because the step before sampled it and was not waited for. Ascending.
+    pub carried: &'a [CarriedId],
+    /// Positions, cache slots and block tables.
+    pub paged: &'a PagedBatch,
+    /// The rows that get logits, ascending.
+    pub logit_rows: &'a [u32],
+    /// Whether nobody looks between the operators, so that they may be recorded and issued again by
+    /// [`begin_step`](Backend::begin_step) of an equal step.
+    pub may_record: bool,
+}
+
+/// A row whose token is one that the step before sampled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CarriedId {
+    /// The row of this step.
+    pub row: u32,
+    /// Which of the rows that were given to the newest [`Backend::sample`] it is.
+    pub sampled: u32,
+}
+
+/// What is to be done after [`Backend::begin_step`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "operators must not be issued twice"]
+pub enum Issue {
+    /// Issue the operators of the step, then [`end_step`](Backend::end_step).
+    Operators,
+    /// Nothing: the backend has issued the operators of an equal step again, on the rows of this one.
+    Nothing,
+}
+
+/// What a tensor is for, which decides the type of its elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TensorUse {
+    /// Between operators: the type that the backend computes in.
+    Activations,
+    /// Logits: `f32`.
+    Logits,
+}
+
 /// Rotary position embedding <https://arxiv.org/abs/2104.09864> with all scaling already in the frequencies.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
@@ -136,8 +180,14 @@ pub trait Backend: Send + 'static {
     /// The backend's name in messages: `cpu`, `cuda`.
     fn name(&self) -> &'static str;
 
+    /// How many steps may be under way before the results of the first are waited for, one aside. 0: a step is done when
+    /// its call returns.
+    fn depth(&self) -> usize {
+        0
+    }
+
     /// An empty tensor of `cols` columns with room for `max_rows` rows.
-    fn tensor(&self, max_rows: usize, cols: usize) -> Result<Self::Tensor, KernelError>;
+    fn tensor(&self, max_rows: usize, cols: usize, what_for: TensorUse) -> Result<Self::Tensor, KernelError>;
 
     /// Uploads a vector.
     fn vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
@@ -152,11 +202,22 @@ pub trait Backend: Send + 'static {
     /// An empty cache.
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<Self::KvCache, KernelError>;
 
-    /// Announces the step whose operators follow: its rows and the rotary embeddings that its layers name by index.
-    fn begin_step(&mut self, batch: &PagedBatch, ropes: &[Rope]) -> Result<(), KernelError>;
+    /// Announces the step whose operators follow, all of them on `cache`: its rows, and the rotary embeddings that its layers
+    /// name by index.
+    fn begin_step(
+        &mut self,
+        step: &StepRows<'_>,
+        ropes: &[Rope],
+        cache: &mut Self::KvCache,
+    ) -> Result<Issue, KernelError>;
 
-    /// `out[t, :] = table[ids[t], :]`. `table`: `[V, E]`; `out`: `[T, E]`.
-    fn embed(&mut self, out: &mut Self::Tensor, table: &Self::Linear, ids: &[u32]) -> Result<(), KernelError>;
+    /// Ends the operators of a step. One that is begun while another was not ended, because an operator failed, is a new one.
+    fn end_step(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    /// `out[t, :] = table[ids[t], :]` of the step's ids. `table`: `[V, E]`; `out`: `[T, E]`.
+    fn embed(&mut self, out: &mut Self::Tensor, table: &Self::Linear) -> Result<(), KernelError>;
 
     /// `out[t, i] = x[t, i] · w[i] / sqrt(mean_j(x[t, j]²) + eps)`. <https://arxiv.org/abs/1910.07467>
     fn rms_norm(
@@ -206,11 +267,17 @@ pub trait Backend: Send + 'static {
     /// `out[t, i] = silu(x[t, i]) · x[t, F + i]`. `x`: `[T, 2 F]`, gate then up; `out`: `[T, F]`.
     fn silu_mul(&mut self, out: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), KernelError>;
 
-    /// `out[i, :] = x[rows[i], :]`.
-    fn gather_rows(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, rows: &[u32]) -> Result<(), KernelError>;
+    /// `out[i, :] = x[logit_rows[i], :]` of the step's rows with logits.
+    fn gather_logit_rows(&mut self, out: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), KernelError>;
 
-    /// Picks a token for `logits[row.logits_row]` of each row, in order. Rows of `logits` may be overwritten.
-    fn sample(&mut self, logits: &mut Self::Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError>;
+    /// Starts to pick a token for `logits[row.logits_row]` of each row, in order. Rows of `logits` may be overwritten.
+    fn sample(&mut self, logits: &mut Self::Tensor, rows: &[SampleRow<'_>]) -> Result<(), KernelError>;
+
+    /// Waits for the tokens of the oldest [`sample`](Self::sample) that was not collected.
+    ///
+    /// # Errors
+    /// [`KernelError::NothingToCollect`], and what went wrong on the device.
+    fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError>;
 
     /// Copies row `row` of a tensor to the host.
     fn read_row(&self, x: &Self::Tensor, row: usize) -> Result<Vec<f32>, KernelError>;

@@ -34,6 +34,41 @@ pub enum KernelError {
         /// How much was asked for.
         wanted_bytes: usize,
     },
+    /// A library of the device's maker that is not on this machine.
+    #[error("cannot open {name}; looked in {looked_in}")]
+    Library {
+        /// The library: `libcuda.so`, ..
+        name: &'static str,
+        /// The folders and names that were tried.
+        looked_in: String,
+    },
+    /// The machine has no such device.
+    #[error("no device: wanted {wanted}, found {found}")]
+    NoDevice {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        found: String,
+    },
+    /// A call of the device's driver or of a library failed.
+    #[error("{call} failed: {error}")]
+    Device {
+        /// The function.
+        call: &'static str,
+        /// Its error, by name and in words.
+        error: String,
+    },
+    /// A kernel does not compile for the device.
+    #[error("cannot compile {unit}: {log}")]
+    Compile {
+        /// The source file and its options.
+        unit: String,
+        /// What the compiler said.
+        log: String,
+    },
+    /// Results were asked for of which none are under way.
+    #[error("there are no sampled tokens to collect")]
+    NothingToCollect,
     /// The system refused to start a thread or to set its affinity.
     #[error("cannot set up the thread pool: {0}")]
     Threads(String),

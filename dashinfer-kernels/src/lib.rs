@@ -5,12 +5,15 @@
 
 mod backend;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtype;
 mod error;
 mod sample;
 
 pub use backend::{
-    AttentionParams, Backend, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs, SequenceRows,
+    AttentionParams, Backend, CarriedId, Issue, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
+    SequenceRows, StepRows, TensorUse,
 };
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;

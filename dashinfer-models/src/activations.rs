@@ -1,6 +1,6 @@
 //! The tensors between operators: allocated once for the largest step, used again by every step.
 
-use dashinfer_kernels::{Backend, KernelError};
+use dashinfer_kernels::{Backend, KernelError, TensorUse};
 
 use crate::ModelSpec;
 
@@ -76,8 +76,8 @@ impl<T> Activations<T> {
         limits: StepLimits,
     ) -> Result<Self, KernelError> {
         let widths = Widths::new(spec);
-        let of_tokens = |cols| backend.tensor(limits.max_tokens, cols);
-        let of_logits = |cols| backend.tensor(limits.max_logit_rows, cols);
+        let of_tokens = |cols| backend.tensor(limits.max_tokens, cols, TensorUse::Activations);
+        let of_logit_rows = |cols| backend.tensor(limits.max_logit_rows, cols, TensorUse::Activations);
         Ok(Self {
             residual: of_tokens(widths.hidden)?,
             normed: of_tokens(widths.hidden)?,
@@ -86,9 +86,9 @@ impl<T> Activations<T> {
             heads: of_tokens(widths.heads)?,
             gate_up: of_tokens(2 * widths.mlp)?,
             inner: of_tokens(widths.mlp)?,
-            picked_residual: of_logits(widths.hidden)?,
-            picked_heads: of_logits(widths.heads)?,
-            logits: of_logits(widths.vocab)?,
+            picked_residual: of_logit_rows(widths.hidden)?,
+            picked_heads: of_logit_rows(widths.heads)?,
+            logits: backend.tensor(limits.max_logit_rows, widths.vocab, TensorUse::Logits)?,
         })
     }
 }

@@ -1,14 +1,16 @@
 //! What one step computes: tokens, where they stand, and which rows are to have logits.
 
-use dashinfer_kernels::{KvCacheSpec, PagedBatch, SequenceRows};
+use dashinfer_kernels::{CarriedId, KvCacheSpec, PagedBatch, SequenceRows};
 
 use crate::{BatchError, ModelSpec, StepLimits};
 
 /// One step over a mixed batch: prefill chunks and decodes, each a run of consecutive rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ForwardBatch {
-    /// `[T]`: the token of each row.
+    /// `[T]`: the token of each row; any one of the vocabulary for a carried row.
     pub ids: Vec<u32>,
+    /// Rows whose token was sampled by the step before, which was not waited for.
+    pub carried: Vec<CarriedId>,
     /// Positions, cache slots and block tables.
     pub paged: PagedBatch,
     /// The rows that get logits, ascending; row `i` of the logits belongs to `logit_rows[i]`.
@@ -142,6 +144,7 @@ mod tests {
         };
         ForwardBatch {
             ids: vec![9, 1, 2, 3],
+            carried: Vec::new(),
             paged: PagedBatch {
                 positions: vec![5, 0, 1, 2],
                 slots: vec![1, 12, 13, 14],

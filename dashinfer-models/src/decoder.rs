@@ -6,7 +6,7 @@
 //!                residual ─ norm ─ head ─▶ logits
 //! ```
 
-use dashinfer_kernels::{Backend, KernelError, QkNorm, Rope, SampleRow, Sampled};
+use dashinfer_kernels::{Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
 
 use crate::{
     ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, StepLimits, WeightSource,
@@ -75,7 +75,7 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// [`ForwardError`]. The cache may then hold some of the step's rows; computing them again puts them right.
     pub fn forward(&mut self, batch: &ForwardBatch, cache: &mut B::KvCache) -> Result<Logits<'_, B>, ForwardError> {
-        self.forward_observed(batch, cache, &mut |_, _, _| ())
+        self.step(batch, cache, None)
     }
 
     /// [`forward`](Self::forward), and shows the hidden states: `observe(backend, l, x)` gets the input of layer `l`,
@@ -90,10 +90,40 @@ impl<B: Backend> Decoder<B> {
         cache: &mut B::KvCache,
         observe: &mut dyn FnMut(&B, usize, &B::Tensor),
     ) -> Result<Logits<'_, B>, ForwardError> {
+        self.step(batch, cache, Some(observe))
+    }
+
+    fn step(
+        &mut self,
+        batch: &ForwardBatch,
+        cache: &mut B::KvCache,
+        observe: Option<&mut dyn FnMut(&B, usize, &B::Tensor)>,
+    ) -> Result<Logits<'_, B>, ForwardError> {
         self.num_logit_rows = 0;
         batch.check_limits(&self.spec, self.limits)?;
-        self.backend.begin_step(&batch.paged, &self.ropes)?;
-        self.backend.embed(&mut self.activations.residual, &self.weights.embed, &batch.ids)?;
+        let step = StepRows {
+            ids: &batch.ids,
+            carried: &batch.carried,
+            paged: &batch.paged,
+            logit_rows: &batch.logit_rows,
+            may_record: observe.is_none(),
+        };
+        if self.backend.begin_step(&step, &self.ropes, cache)? == Issue::Operators {
+            self.issue(batch, cache, observe.unwrap_or(&mut |_, _, _| ()))?;
+            self.backend.end_step()?;
+        }
+        self.num_logit_rows = batch.logit_rows.len();
+        Ok(self.logits())
+    }
+
+    /// The operators of a step.
+    fn issue(
+        &mut self,
+        batch: &ForwardBatch,
+        cache: &mut B::KvCache,
+        observe: &mut dyn FnMut(&B, usize, &B::Tensor),
+    ) -> Result<(), KernelError> {
+        self.backend.embed(&mut self.activations.residual, &self.weights.embed)?;
         let last = self.spec.num_layers() - 1;
         for layer in 0..last {
             self.project(layer, cache, observe)?;
@@ -108,8 +138,15 @@ impl<B: Backend> Decoder<B> {
             self.finish_layer(last, picked)?;
             self.head(picked, observe)?;
         }
-        self.num_logit_rows = batch.logit_rows.len();
-        Ok(self.logits())
+        Ok(())
+    }
+
+    /// Waits for the tokens of the oldest [`Logits::sample`] that was not collected.
+    ///
+    /// # Errors
+    /// Those of [`Backend::collect_sampled`].
+    pub fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError> {
+        self.backend.collect_sampled()
     }
 
     /// The logits of the last step. It has none if it asked for none or failed.
@@ -151,8 +188,8 @@ impl<B: Backend> Decoder<B> {
         if rows.len() == batch.num_rows() {
             return Ok(false); // ascending and as many: the very rows
         }
-        backend.gather_rows(&mut x.picked_heads, &x.heads, rows)?;
-        backend.gather_rows(&mut x.picked_residual, &x.residual, rows)?;
+        backend.gather_logit_rows(&mut x.picked_heads, &x.heads)?;
+        backend.gather_logit_rows(&mut x.picked_residual, &x.residual)?;
         Ok(true)
     }
 
@@ -199,11 +236,11 @@ impl<B: Backend> Logits<'_, B> {
         self.num_rows
     }
 
-    /// Picks a token for each of `rows`. Logits may be overwritten.
+    /// Starts to pick a token for each of `rows`; [`Decoder::collect_sampled`] waits for them. Logits may be overwritten.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if a row has no logits, and what the backend reports.
-    pub fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError> {
+    pub fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {
         for row in rows {
             self.check_row("sample", row.logits_row)?;
         }

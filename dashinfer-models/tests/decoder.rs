@@ -81,6 +81,7 @@ fn prompt(len: usize, logit_rows: &[u32]) -> ForwardBatch {
     let sequence = SequenceRows { first_row: 0, num_rows: len, context_len: len, first_block: 0, num_blocks: 1 };
     ForwardBatch {
         ids: positions.clone(),
+        carried: Vec::new(),
         paged: PagedBatch { slots: positions.clone(), positions, sequences: vec![sequence], block_table: vec![0] },
         logit_rows: logit_rows.to_vec(),
     }
@@ -122,12 +123,21 @@ fn logits_can_be_sampled() {
     let mut cache = cache(&decoder);
     let mut logits = decoder.forward(&prompt(4, &[1, 3]), &mut cache).unwrap();
     let params = SampleParams::default();
-    let row =
-        |logits_row| SampleRow { logits_row, params: &params, position: 4, prompt: &[], generated: &[], banned: &[] };
+    let row = |logits_row| SampleRow {
+        logits_row,
+        params: &params,
+        position: 4,
+        prompt: &[],
+        generated: &[],
+        banned: &[],
+        carried: None,
+    };
     let values = logits.read_row(1).unwrap();
-    let sampled = logits.sample(&[row(1)]).unwrap();
-    assert!(values.iter().all(|value| *value <= values[sampled[0].id as usize]));
+    logits.sample(&[row(1)]).unwrap();
     assert!(matches!(logits.sample(&[row(2)]), Err(KernelError::Shape { .. })));
+    let sampled = decoder.collect_sampled().unwrap();
+    assert!(values.iter().all(|value| *value <= values[sampled[0].id as usize]));
+    assert_eq!(decoder.collect_sampled(), Err(KernelError::NothingToCollect), "a refused one gives nothing");
 }
 
 #[test]

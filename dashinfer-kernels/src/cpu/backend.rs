@@ -1,5 +1,7 @@
 //! [`Backend`] on the CPU.
 
+use std::collections::VecDeque;
+
 use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionUnit, CpuKvCache, Work};
 use super::isa::Isa;
@@ -11,7 +13,8 @@ use super::silu_mul::{self, SiluMulRow};
 use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
-    AttentionParams, Backend, DType, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow, Sampled,
+    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow,
+    Sampled, StepRows, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -85,6 +88,8 @@ pub struct CpuBackend {
     silu: SiluMulRow,
     attend: AttentionUnit,
     batch: PagedBatch,
+    ids: Vec<u32>,
+    logit_rows: Vec<u32>,
     /// To see that no two rows of a step share a slot: threads write slots without locks.
     sorted_slots: Vec<u32>,
     /// One more than the last slot and the last block that `batch` names: looked for once a step, not in each layer.
@@ -93,6 +98,8 @@ pub struct CpuBackend {
     ropes: Vec<RopeTable>,
     attention_scratch: attention::Scratch,
     sample_scratch: Vec<SampleScratch>,
+    /// Not collected yet.
+    sampled: VecDeque<Vec<Sampled>>,
 }
 
 impl CpuBackend {
@@ -113,12 +120,15 @@ impl CpuBackend {
             silu: silu_mul::best(isa),
             attend: attention::best(isa),
             batch: PagedBatch::default(),
+            ids: Vec::new(),
+            logit_rows: Vec::new(),
             sorted_slots: Vec::new(),
             num_slots_named: 0,
             num_blocks_named: 0,
             ropes: Vec::new(),
             attention_scratch: attention::Scratch::default(),
             sample_scratch: Vec::new(),
+            sampled: VecDeque::new(),
         })
     }
 
@@ -193,7 +203,7 @@ impl Backend for CpuBackend {
         "cpu"
     }
 
-    fn tensor(&self, max_rows: usize, cols: usize) -> Result<CpuTensor, KernelError> {
+    fn tensor(&self, max_rows: usize, cols: usize, _: TensorUse) -> Result<CpuTensor, KernelError> {
         let data = AlignedBuf::zeroed("activations", max_rows.saturating_mul(cols))?;
         Ok(CpuTensor { data, rows: 0, cols })
     }
@@ -214,8 +224,23 @@ impl Backend for CpuBackend {
         CpuKvCache::new(spec)
     }
 
-    fn begin_step(&mut self, batch: &PagedBatch, ropes: &[Rope]) -> Result<(), KernelError> {
+    fn begin_step(
+        &mut self,
+        step: &StepRows<'_>,
+        ropes: &[Rope],
+        _cache: &mut CpuKvCache,
+    ) -> Result<Issue, KernelError> {
         const OP: &str = "begin_step";
+        let batch = step.paged;
+        if !step.carried.is_empty() {
+            let what = "a token that is not known yet".to_owned();
+            return Err(KernelError::Unsupported { op: OP, what, backend: "cpu" });
+        }
+        check(OP, "ids", batch.positions.len(), step.ids.len())?;
+        if let Some(&row) = step.logit_rows.iter().find(|&&row| row as usize >= step.ids.len()) {
+            let (wanted, found) = (row as usize + 1, step.ids.len());
+            return Err(KernelError::Shape { op: OP, what: "rows", wanted, found });
+        }
         check(OP, "slots", batch.positions.len(), batch.slots.len())?;
         let mut row = 0;
         for sequence in &batch.sequences {
@@ -240,14 +265,19 @@ impl Backend for CpuBackend {
         self.num_slots_named = self.sorted_slots.last().map_or(0, |&slot| slot as usize + 1);
         self.num_blocks_named = batch.block_table.iter().max().map_or(0, |&block| block as usize + 1);
         self.batch.clone_from(batch);
+        self.ids.clear();
+        self.ids.extend_from_slice(step.ids);
+        self.logit_rows.clear();
+        self.logit_rows.extend_from_slice(step.logit_rows);
         self.ropes.resize_with(ropes.len(), RopeTable::default);
         for (table, rope) in self.ropes.iter_mut().zip(ropes) {
             table.fill(rope, &batch.positions);
         }
-        Ok(())
+        Ok(Issue::Operators)
     }
 
-    fn embed(&mut self, out: &mut CpuTensor, table: &PackedMatrix, ids: &[u32]) -> Result<(), KernelError> {
+    fn embed(&mut self, out: &mut CpuTensor, table: &PackedMatrix) -> Result<(), KernelError> {
+        let ids = &self.ids;
         out.resize("embed", ids.len(), table.cols())?;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
             let (wanted, found) = (id as usize + 1, table.rows());
@@ -404,11 +434,12 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gather_rows(&mut self, out: &mut CpuTensor, x: &CpuTensor, rows: &[u32]) -> Result<(), KernelError> {
-        out.resize("gather_rows", rows.len(), x.cols)?;
+    fn gather_logit_rows(&mut self, out: &mut CpuTensor, x: &CpuTensor) -> Result<(), KernelError> {
+        let rows = &self.logit_rows;
+        out.resize("gather_logit_rows", rows.len(), x.cols)?;
         if let Some(&row) = rows.iter().find(|&&row| row as usize >= x.rows) {
             let (wanted, found) = (row as usize + 1, x.rows);
-            return Err(KernelError::Shape { op: "gather_rows", what: "rows of x", wanted, found });
+            return Err(KernelError::Shape { op: "gather_logit_rows", what: "rows of x", wanted, found });
         }
         for (out, &row) in out.values_mut().chunks_exact_mut(x.cols.max(1)).zip(rows) {
             out.copy_from_slice(&x.data[row as usize * x.cols..][..x.cols]);
@@ -416,7 +447,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn sample(&mut self, logits: &mut CpuTensor, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError> {
+    fn sample(&mut self, logits: &mut CpuTensor, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {
         if let Some(row) = rows.iter().find(|row| row.logits_row >= logits.rows) {
             let (wanted, found) = (row.logits_row + 1, logits.rows);
             return Err(KernelError::Shape { op: "sample", what: "rows of the logits", wanted, found });
@@ -448,7 +479,12 @@ impl Backend for CpuBackend {
         } else {
             self.pool.run(rows.len(), &sample);
         }
-        Ok(sampled)
+        self.sampled.push_back(sampled);
+        Ok(())
+    }
+
+    fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError> {
+        self.sampled.pop_front().ok_or(KernelError::NothingToCollect)
     }
 
     fn read_row(&self, x: &CpuTensor, row: usize) -> Result<Vec<f32>, KernelError> {

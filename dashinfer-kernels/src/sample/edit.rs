@@ -68,7 +68,7 @@ mod tests {
     use crate::SampleParams;
 
     fn check(params: SampleParams, prompt: &[u32], generated: &[u32], banned: &[u32], expected: [f32; 4]) {
-        let row = SampleRow { logits_row: 0, params: &params, position: 9, prompt, generated, banned };
+        let row = SampleRow { logits_row: 0, params: &params, position: 9, prompt, generated, banned, carried: None };
         let (mut logits, mut seen) = ([4.0, -4.0, 2.0, 0.0], Vec::new());
         edit(&mut logits, &row, &mut seen);
         assert_eq!(logits, expected, "{params:?}");
@@ -139,6 +139,7 @@ mod tests {
                 prompt: &[],
                 generated: &generated,
                 banned: &[],
+                carried: None,
             };
             let mut logits = vec![0.0; len];
             edit(&mut logits, &row, &mut seen);

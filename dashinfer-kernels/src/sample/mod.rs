@@ -75,6 +75,9 @@ pub struct SampleRow<'a> {
     pub generated: &'a [u32],
     /// Tokens that must not be picked (end tokens before `min_tokens`).
     pub banned: &'a [u32],
+    /// With `Some(i)`, one more token follows `generated`, which the host does not know yet: the one that was sampled for row
+    /// `i` of the sampling before this one. Only a backend with a [depth](crate::Backend::depth) above 0 is given such rows.
+    pub carried: Option<u32>,
 }
 
 /// A sampled token. Log-probabilities are those of the model: of the logits before penalties, bias and temperature.
@@ -181,8 +184,15 @@ mod tests {
     use super::*;
     use std::num::NonZeroU32;
 
-    const NO_ROW: SampleRow<'static> =
-        SampleRow { logits_row: 0, params: &GREEDY, position: 0, prompt: &[], generated: &[], banned: &[] };
+    const NO_ROW: SampleRow<'static> = SampleRow {
+        logits_row: 0,
+        params: &GREEDY,
+        position: 0,
+        prompt: &[],
+        generated: &[],
+        banned: &[],
+        carried: None,
+    };
     const GREEDY: SampleParams = SampleParams::GREEDY;
 
     fn sampled(logits: &[f32], row: SampleRow<'_>) -> Sampled {

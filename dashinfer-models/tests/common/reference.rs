@@ -2,15 +2,20 @@
 //!
 //! It is slow and shares no code with a real backend, so that the goldens judge the decoder by itself.
 
+use std::collections::VecDeque;
+
 use dashinfer_kernels::{
-    AttentionParams, Backend, DType, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
-    SampleRow, Sampled, to_f32,
+    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
+    SampleRow, Sampled, StepRows, TensorUse, to_f32,
 };
 
 #[derive(Debug, Default)]
 pub(crate) struct Reference {
     batch: PagedBatch,
+    ids: Vec<u32>,
+    logit_rows: Vec<u32>,
     ropes: Vec<Rope>,
+    sampled: VecDeque<Vec<Sampled>>,
 }
 
 #[derive(Debug, Clone)]
@@ -103,7 +108,7 @@ impl Backend for Reference {
         "reference"
     }
 
-    fn tensor(&self, max_rows: usize, cols: usize) -> Result<Tensor, KernelError> {
+    fn tensor(&self, max_rows: usize, cols: usize, _: TensorUse) -> Result<Tensor, KernelError> {
         Ok(Tensor { max_rows, cols, data: Vec::new() })
     }
 
@@ -134,14 +139,17 @@ impl Backend for Reference {
         Ok(Cache { block_size: spec.block_size, layers: vec![slots; spec.num_layers] })
     }
 
-    fn begin_step(&mut self, batch: &PagedBatch, ropes: &[Rope]) -> Result<(), KernelError> {
-        self.batch = batch.clone();
+    fn begin_step(&mut self, step: &StepRows<'_>, ropes: &[Rope], _: &mut Cache) -> Result<Issue, KernelError> {
+        assert!(step.carried.is_empty(), "a backend of depth 0 knows every token");
+        self.batch = step.paged.clone();
+        self.ids = step.ids.to_vec();
+        self.logit_rows = step.logit_rows.to_vec();
         self.ropes = ropes.to_vec();
-        Ok(())
+        Ok(Issue::Operators)
     }
 
-    fn embed(&mut self, out: &mut Tensor, table: &Matrix, ids: &[u32]) -> Result<(), KernelError> {
-        out.set("embed", ids.iter().map(|id| &table.data[*id as usize * table.cols..][..table.cols]))
+    fn embed(&mut self, out: &mut Tensor, table: &Matrix) -> Result<(), KernelError> {
+        out.set("embed", self.ids.iter().map(|id| &table.data[*id as usize * table.cols..][..table.cols]))
     }
 
     fn rms_norm(&mut self, out: &mut Tensor, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<(), KernelError> {
@@ -245,17 +253,22 @@ impl Backend for Reference {
         out.set("silu_mul", rows)
     }
 
-    fn gather_rows(&mut self, out: &mut Tensor, x: &Tensor, rows: &[u32]) -> Result<(), KernelError> {
-        out.set("gather_rows", rows.iter().map(|row| x.row(*row as usize)))
+    fn gather_logit_rows(&mut self, out: &mut Tensor, x: &Tensor) -> Result<(), KernelError> {
+        out.set("gather_logit_rows", self.logit_rows.iter().map(|row| x.row(*row as usize)))
     }
 
-    fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<Vec<Sampled>, KernelError> {
+    fn sample(&mut self, logits: &mut Tensor, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {
         let pick = |row: &SampleRow<'_>| {
             let row = logits.row(row.logits_row);
             let best = (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).expect("a vocabulary is not empty");
             Sampled { id: best as u32, ..Sampled::default() }
         };
-        Ok(rows.iter().map(pick).collect())
+        self.sampled.push_back(rows.iter().map(pick).collect());
+        Ok(())
+    }
+
+    fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError> {
+        self.sampled.pop_front().ok_or(KernelError::NothingToCollect)
     }
 
     fn read_row(&self, x: &Tensor, row: usize) -> Result<Vec<f32>, KernelError> {

@@ -38,6 +38,7 @@ impl BatchBuilder {
         let Self { block_size, batch, sampled, read } = self;
         let paged = &mut batch.paged;
         batch.ids.clear();
+        batch.carried.clear();
         batch.logit_rows.clear();
         paged.positions.clear();
         paged.slots.clear();

@@ -55,7 +55,10 @@ impl<B: Backend> Executor for LocalExecutor<B> {
         let mut logits = self.decoder.forward(step.batch, &mut self.cache)?;
         // Sampling may overwrite a row, so rows are read first.
         let read = step.read.iter().map(|&row| logits.read_row(row)).collect::<Result<_, _>>()?;
-        let sampled = if step.rows.is_empty() { Vec::new() } else { logits.sample(step.rows)? };
+        if !step.rows.is_empty() {
+            logits.sample(step.rows)?;
+        }
+        let sampled = if step.rows.is_empty() { Vec::new() } else { self.decoder.collect_sampled()? };
         self.output = Some(StepOutput { sampled, logits: read });
         Ok(())
     }

@@ -235,6 +235,7 @@ impl<E: Executor> StepLoop<E> {
                 prompt,
                 generated,
                 banned: live.banned(),
+                carried: None,
             });
         }
         self.executor.submit(&Step { batch: self.batch.batch(), rows: &rows, read: self.batch.read() })?;

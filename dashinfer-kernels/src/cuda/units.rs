@@ -1,0 +1,14 @@
+//! Every source file of device code, with the variants that can be asked for.
+
+/// A source file of device code.
+#[derive(Debug)]
+pub(crate) struct Unit {
+    /// The file in `cuda/`.
+    pub(crate) name: &'static str,
+    /// Its text.
+    pub(crate) source: &'static str,
+}
+
+/// The headers that units include, by name.
+pub(crate) static HEADERS: &[(&str, &str)] =
+    &[("common.cuh", include_str!("../../cuda/common.cuh")), ("mma.cuh", include_str!("../../cuda/mma.cuh"))];
