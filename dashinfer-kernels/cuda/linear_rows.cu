@@ -63,6 +63,7 @@ constexpr int UNIT = 64;
 constexpr int ROUNDS = PARTS / (K_WARPS * CLUSTER);
 constexpr int THREADS = 32 * ROW_WARPS * K_WARPS;
 constexpr int N_TILES = TILE_M / 8;
+constexpr int N_GROUP = N_TILES < 2 ? N_TILES : 2;   // of them whose x is in registers at once
 constexpr int ROWS = 16 * ROW_GROUPS * ROW_WARPS;    // weight rows of a tile
 constexpr int OUT_COLS = GATED ? ROWS / 2 : ROWS;    // and columns of out
 constexpr int FRAGS = ROW_GROUPS * N_TILES * 4;      // sums that a lane holds
@@ -129,6 +130,18 @@ __device__ __forceinline__ float load_of_block(u32 smem, int block) {
     return y;
 }
 
+// What a block works at: it is `block` of its cluster (clusters are whole runs of blocks), and its tile begins at row
+// first_row of x and column first_col of out. Asked for again where it is needed again: registers are scarce in between.
+struct Place {
+    int block, first_row, first_col;
+};
+__device__ __forceinline__ Place place_of_block(int num_rows) {
+    u32 at;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(at));
+    const u32 tile = at / CLUSTER, tiles_m = (u32(num_rows) + TILE_M - 1) / TILE_M;
+    return {int(at % CLUSTER), int(tile % tiles_m * TILE_M), int(tile / tiles_m * OUT_COLS)};
+}
+
 // The same as in silu_mul.cu.
 __device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.f + __expf(-gate)); }
 
@@ -145,9 +158,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
     const int g = lane / 4, t = lane % 4;
-    const int block = blockIdx.x % CLUSTER; // of the cluster: clusters are whole runs of blocks
-    const int tile = blockIdx.x / CLUSTER, tiles_m = (num_rows + TILE_M - 1) / TILE_M;
-    const int first_row = tile % tiles_m * TILE_M, first_col = tile / tiles_m * OUT_COLS;
+    const Place place = place_of_block(num_rows);
+    const int block = place.block, first_row = place.first_row, first_col = place.first_col;
     const int num_units = (num_k + UNIT - 1) / UNIT;
     const int x_row = (row_warp * 32 + lane) / 8, x_piece = lane % 8; // and rows ROW_WARPS * 4 further
 
@@ -197,7 +209,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
     const auto stage_x = [&](int stage, int ahead) {
         const int left = min(num_k, end * UNIT) - (unit * UNIT + x_piece * 8) - ahead * UNIT;
         if (ROW_WARPS * 4 > TILE_M && x_row >= TILE_M) return;
-#pragma unroll
+#pragma unroll(ALIGNED ? TILE_M : 1) // single values need many registers
         for (int row = 0; row < TILE_M; row += ROW_WARPS * 4) {
             const T* from = x_at + size_t(row) * num_k + ahead * UNIT;
             const u32 to = x_to + stage * X_UNIT + row * 128;
@@ -235,18 +247,27 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
 #pragma unroll
-                    for (int n = 0; n < N_TILES; n++) {
-                        uint4 xs;
-                        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                     : "=r"(xs.x), "=r"(xs.y), "=r"(xs.z), "=r"(xs.w)
-                                     : "r"((x_lane ^ (half * 64)) + s * X_UNIT + n * 1024)
-                                     : "memory");
+                    for (int first = 0; first < N_TILES; first += N_GROUP) {
+                        uint4 xs[N_GROUP];
 #pragma unroll
-                        for (int r = 0; r < ROW_GROUPS; r++) {
-                            const uint4 lo = weights[s][r][0][half], hi = weights[s][r][1][half];
-                            mma_16x8x16<T>(sums[r][n], {lo.x, hi.x, lo.y, hi.y}, {xs.x, xs.y});
-                            mma_16x8x16<T>(sums[r][n], {lo.z, hi.z, lo.w, hi.w}, {xs.z, xs.w});
-                        }
+                        for (int n = 0; n < N_GROUP; n++)
+                            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                         : "=r"(xs[n].x), "=r"(xs[n].y), "=r"(xs[n].z), "=r"(xs[n].w)
+                                         : "r"((x_lane ^ (half * 64)) + s * X_UNIT + (first + n) * 1024)
+                                         : "memory");
+                        // Products that follow each other go to different sums; the order within a sum is always the same.
+#pragma unroll
+                        for (int step = 0; step < 2; step++)
+#pragma unroll
+                            for (int r = 0; r < ROW_GROUPS; r++) {
+                                const uint4 lo = weights[s][r][0][half], hi = weights[s][r][1][half];
+                                const u32 a[4] = {step ? lo.z : lo.x, step ? hi.z : hi.x, step ? lo.w : lo.y, step ? hi.w : hi.y};
+#pragma unroll
+                                for (int n = 0; n < N_GROUP; n++) {
+                                    const u32 b[2] = {step ? xs[n].z : xs[n].x, step ? xs[n].w : xs[n].y};
+                                    mma_16x8x16<T>(sums[r][first + n], a, b);
+                                }
+                            }
                     }
                 }
                 load_weights(weights[s], s + STAGES);
@@ -260,7 +281,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
             start_part();
         }
 
-        // Sums change hands: [k_warp][row_warp][sum of a lane][lane], in place of x.
+        // Sums change hands: [k_warp][row_warp][sum of a lane][lane], in place of x. The last stages, copies of nothing, wrote
+        // zeros there: they are waited for.
+        cp_async_wait<0>();
         __syncthreads();
         float* const mine = reinterpret_cast<float*>(smem) + (k_warp * ROW_WARPS + row_warp) * FRAGS * 32 + lane;
 #pragma unroll
@@ -287,24 +310,25 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
         if (CLUSTER > 1 || ROUNDS > 1) sync_cluster(); // nobody reads these sums any more
     }
 
+    const Place here = place_of_block(num_rows);
 #pragma unroll
     for (int p = 0; p < PAIRS_PER_THREAD; p++) {
-        const int pair = (p * CLUSTER + block) * THREADS + threadIdx.x;
+        const int pair = (p * CLUSTER + here.block) * THREADS + threadIdx.x;
         if (PAIRS % (CLUSTER * THREADS) != 0 && pair >= PAIRS) break;
         // pair = ((group * N_TILES + n) * 2 + odd) * 32 + lane
         const int n = pair / 64 % N_TILES, group = pair / (64 * N_TILES), odd = pair / 32 % 2;
-        const int row = first_row + n * 8 + t * 2 + odd;
+        const int row = here.first_row + n * 8 + pair % 4 * 2 + odd;
         if (row >= num_rows) continue;
         Out* const out_row = out + size_t(row) * num_cols;
 #if GATED
-        const int col = first_col + group * 8 + g;
+        const int col = here.first_col + group * 8 + pair / 4 % 8;
         if (col >= num_cols) continue;
         const float gate = total[p][0] + (bias ? bias[col] : 0.f), up = total[p][1] + (bias ? bias[num_cols + col] : 0.f);
         out_row[col] = from_float<Out>(silu(to_float(from_float<T>(gate))) * to_float(from_float<T>(up)));
 #else
 #pragma unroll
         for (int high = 0; high < 2; high++) {
-            const int col = first_col + group * 16 + high * 8 + g;
+            const int col = here.first_col + group * 16 + high * 8 + pair / 4 % 8;
             if (col < num_cols) out_row[col] = from_float<Out>(total[p][high] + (bias ? bias[col] : 0.f));
         }
 #endif
