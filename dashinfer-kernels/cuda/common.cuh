@@ -23,7 +23,7 @@ using T = DASH_TYPE;
 #define DASH_EXPAND(a, b) DASH_PASTE(a, b)
 #define KERNEL(name) DASH_EXPAND(name, DASH_TYPE)
 
-constexpr float INF = __builtin_huge_valf();
+constexpr float INF = __builtin_bit_cast(float, 0x7f800000u);
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 // --- conversions -------------------------------------------------------------------------------------------------------
