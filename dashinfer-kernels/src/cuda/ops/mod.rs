@@ -1,1 +1,15 @@
 //! One launcher for each kernel: it checks shapes, and is the only place that launches it.
+
+pub(crate) mod attention_prefill_sm80;
+pub(crate) mod convert;
+pub(crate) mod embed;
+pub(crate) mod gather_rows;
+pub(crate) mod operand;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod silu_mul;
+
+#[cfg(test)]
+mod bench_elementwise;
+#[cfg(test)]
+mod testing;
