@@ -51,7 +51,7 @@ struct Job<'a> {
     unit: &'static Unit,
     arch: Arch,
     nvrtc: &'a Nvrtc,
-    options: Vec<&'static str>,
+    options: Vec<String>,
 }
 
 /// What has come of a group so far.
@@ -111,7 +111,7 @@ pub(crate) fn images(selection: &Selection, out: &Path, newest: Option<u32>) -> 
     Ok(num_failed == 0)
 }
 
-type Image = (&'static Unit, Arch, Vec<&'static str>, Vec<u8>);
+type Image = (&'static Unit, Arch, Vec<String>, Vec<u8>);
 
 /// Compiles what is selected. `accepts` judges a kernel that spills.
 fn compile_all(
@@ -121,29 +121,32 @@ fn compile_all(
     mut accepts: impl FnMut(&Job<'_>, &ptxas::Usage) -> bool,
 ) -> Result<(usize, usize, Vec<Image>), Box<dyn Error>> {
     for name in &selection.units {
-        if !UNITS.iter().any(|unit| unit.name == name) {
-            let known: Vec<&str> = UNITS.iter().map(|unit| unit.name).collect();
+        if !UNITS.iter().any(|listed| listed.unit.name == name) {
+            let known: Vec<&str> = UNITS.iter().map(|listed| listed.unit.name).collect();
             return Err(format!("there is no {name}; there are {}", known.join(", ")).into());
         }
     }
     let archs = if selection.archs.is_empty() { default_archs } else { &selection.archs };
     let compilers = compilers(archs, newest)?;
     let is_selected = |unit: &Unit| selection.units.is_empty() || selection.units.iter().any(|name| name == unit.name);
-    let (mut jobs, mut num_groups) = (Vec::new(), 0);
+    let (mut jobs, mut sizes, mut progress) = (Vec::new(), Vec::new(), Vec::<Progress>::new());
     for &arch in archs {
-        for unit in UNITS.iter().copied().filter(|unit| is_selected(unit) && unit.archs.contains(arch)) {
-            let of_group = |options| Job { group: num_groups, unit, arch, nvrtc: &compilers[&arch], options };
-            jobs.extend(unit.compilations().map(of_group));
-            num_groups += 1;
+        for listed in UNITS.iter().filter(|listed| is_selected(listed.unit) && listed.archs.contains(arch)) {
+            let (unit, nvrtc) = (listed.unit, &compilers[&arch]);
+            let compilations = listed.compilations(arch);
+            sizes.push(compilations.len());
+            let group = progress.len();
+            progress.push(Progress::default());
+            jobs.extend(compilations.into_iter().map(|options| Job { group, unit, arch, nvrtc, options }));
         }
     }
 
-    let mut progress: Vec<Progress> = (0..num_groups).map(|_| Progress::default()).collect();
     let (mut num_passed, mut num_failed, mut images) = (0, 0, Vec::with_capacity(jobs.len()));
     let started = Instant::now();
     let compile = |job: &Job<'_>| {
         let start = Instant::now();
-        let compiled = tools::compile(job.nvrtc, job.unit, job.arch, &job.options, &["--ptxas-options=-v"]);
+        let options: Vec<&str> = job.options.iter().map(String::as_str).collect();
+        let compiled = tools::compile(job.nvrtc, job.unit, job.arch, &options, &["--ptxas-options=-v"]);
         (compiled, start.elapsed())
     };
     jobs::run(&jobs, selection.num_threads, compile, |index, (compiled, time)| {
@@ -155,7 +158,7 @@ fn compile_all(
         if let Ok(compiled) = compiled {
             images.push((job.unit, job.arch, job.options.clone(), compiled.cubin));
         }
-        if group.num_done == job.unit.compilations().count() {
+        if group.num_done == sizes[job.group] {
             if group.problems.is_empty() {
                 num_passed += 1
             } else {

@@ -84,15 +84,11 @@ impl Compiler {
         Ok(Self { arch, images, cache, places, newest, nvrtc: OnceLock::new() })
     }
 
-    /// The machine code of `unit` with these options, in any order; they are some of [`Unit::compilations`].
+    /// The machine code of `unit` with these options, in any order.
     ///
     /// # Errors
     /// [`KernelError::Compile`], or [`KernelError::Library`] if there is no image and no compiler.
     pub(crate) fn machine_code(&self, unit: &Unit, options: &[&str]) -> Result<Vec<u8>, KernelError> {
-        if !unit.lists(options) {
-            let log = "these options are not listed in units.rs".to_string();
-            return Err(KernelError::Compile { unit: description(unit, self.arch, options), log });
-        }
         if let Some(images) = &self.images {
             for arch in self.arch.runs() {
                 if let Some(image) = images.get(&image_key(unit, arch, options))? {
@@ -132,8 +128,10 @@ pub fn compile(
 
 /// An archive of images of these compilations: unit, architecture, options, machine code.
 #[must_use]
-pub fn archive(images: Vec<(&Unit, Arch, Vec<&str>, Vec<u8>)>) -> Vec<u8> {
-    let keyed = images.into_iter().map(|(unit, arch, options, cubin)| (image_key(unit, arch, &options), cubin));
+pub fn archive(images: Vec<(&Unit, Arch, Vec<String>, Vec<u8>)>) -> Vec<u8> {
+    let key =
+        |unit, arch, options: &[String]| image_key(unit, arch, &options.iter().map(String::as_str).collect::<Vec<_>>());
+    let keyed = images.into_iter().map(|(unit, arch, options, cubin)| (key(unit, arch, &options), cubin));
     images::archive(&keyed.collect::<Vec<_>>())
 }
 
@@ -171,18 +169,17 @@ fn sorted<'a>(options: &[&'a str]) -> Vec<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
     use crate::cuda::test_folder::TestFolder;
-    use crate::cuda::units::Archs;
 
     static UNIT: Unit = Unit {
         name: "fill.cu",
         source: "#include \"common.cuh\"\nextern \"C\" __global__ void KERNEL(fill)(T* x) { x[threadIdx.x] = from_float<T>(VALUE); }",
-        archs: Archs::ALL,
-        types: &[DType::F32, DType::F16],
-        variants: &[&["-DVALUE=1"], &["-DVALUE=2"]],
     };
     const ONE: &[&str] = &["-DDASH_TYPE=f16", "-DVALUE=1"];
+
+    fn one() -> Vec<String> {
+        ONE.iter().map(ToString::to_string).collect()
+    }
 
     fn compiler(settings: &KernelSettings, places: Places) -> Compiler {
         Compiler::new(Arch::new(8, 7), settings, places, None).unwrap()
@@ -191,9 +188,9 @@ mod tests {
     #[test]
     fn an_image_is_used_before_a_compiler_is_opened() {
         let images = vec![
-            (&UNIT, Arch::SM80, ONE.to_vec(), b"for sm_80".to_vec()),
-            (&UNIT, Arch::SM86, ONE.to_vec(), b"for sm_86".to_vec()),
-            (&UNIT, Arch::SM89, ONE.to_vec(), b"for sm_89".to_vec()),
+            (&UNIT, Arch::SM80, one(), b"for sm_80".to_vec()),
+            (&UNIT, Arch::SM86, one(), b"for sm_86".to_vec()),
+            (&UNIT, Arch::SM89, one(), b"for sm_89".to_vec()),
         ];
         let folder = TestFolder::new();
         let settings = KernelSettings::default().images(archive(images).leak()).cache(folder.path());
@@ -205,7 +202,7 @@ mod tests {
 
     #[test]
     fn an_image_of_other_sources_is_not_used() {
-        let other = Unit { source: "// changed", ..UNIT_COPY };
+        let other = Unit { name: "fill.cu", source: "// changed" };
         assert_ne!(image_key(&other, Arch::SM80, ONE), image_key(&UNIT, Arch::SM80, ONE));
         assert_ne!(cache_key(&other, Arch::SM80, ONE, "13.0"), cache_key(&UNIT, Arch::SM80, ONE, "13.0"));
         assert_ne!(cache_key(&UNIT, Arch::SM80, ONE, "12.9"), cache_key(&UNIT, Arch::SM80, ONE, "13.0"));
@@ -213,8 +210,6 @@ mod tests {
         let two = &["-DDASH_TYPE=f16", "-DVALUE=2"];
         assert_ne!(image_key(&UNIT, Arch::SM80, two), image_key(&UNIT, Arch::SM80, ONE));
     }
-
-    const UNIT_COPY: Unit = Unit { name: "fill.cu", source: "", archs: Archs::ALL, types: &[], variants: &[] };
 
     #[test]
     fn what_was_compiled_once_is_read_from_the_cache() {

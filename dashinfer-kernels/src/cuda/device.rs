@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
-use super::arch::Arch;
+pub(crate) use super::arch::Arch;
 use super::compiler::{Compiler, KernelSettings};
 use super::kernel::{Kernel, Module};
 use super::library::{self, Places};
@@ -184,6 +184,10 @@ impl Device {
         let module = match modules.get(&key) {
             Some(module) => Arc::clone(module),
             None => {
+                #[cfg(test)]
+                if !super::units::is_listed(unit, self.arch, options) {
+                    eprintln!("not listed in units.rs: {} {}", unit.name, options.join(" "));
+                }
                 let image = self.compiler.machine_code(unit, options)?;
                 self.bind()?;
                 let module = Arc::new(Module::load(&image)?);

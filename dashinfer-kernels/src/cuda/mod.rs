@@ -14,6 +14,7 @@ mod library;
 mod memory;
 mod nvrtc;
 mod ops;
+mod tensor_map;
 #[cfg(test)]
 mod test_folder;
 mod units;
@@ -27,5 +28,5 @@ pub mod tools {
     pub use super::compiler::{archive, compile};
     pub use super::images::Images;
     pub use super::nvrtc::{Compiled, Nvrtc};
-    pub use super::units::{Archs, UNITS, Unit};
+    pub use super::units::{Archs, Listed, UNITS, Unit};
 }

@@ -1,25 +1,33 @@
 //! Every file of device code, with every way in which it is compiled.
 //!
-//! A file is compiled once for each element type and each list of macros ([`Unit::variants`]) that a launcher can ask for.
-//! They are all written down here, so that the check of all kernels and the builder of images (`cargo xtask kernels`) walk
-//! the table that the launchers compile from.
+//! A file is compiled once for each element type and each list of macros that a launcher can ask for. They are all in one
+//! table, made of the functions and lists that the launchers themselves choose from, so that the check of all kernels and the
+//! builder of images (`cargo xtask kernels`) compile what will be asked for.
 
 use super::arch::Arch;
+use super::ops;
 use crate::DType;
 
 /// A file of device code.
 #[derive(Debug)]
 pub struct Unit {
-    /// The file's name: `rms_norm.cu`.
+    /// The file's name in `cuda/`: `rms_norm.cu`.
     pub name: &'static str,
     /// Its text.
     pub source: &'static str,
+}
+
+/// What a file is compiled for.
+#[derive(Debug)]
+pub struct Listed {
+    /// The file.
+    pub unit: &'static Unit,
     /// The architectures that it is for.
     pub archs: Archs,
     /// The element types: each is a compilation with `-DDASH_TYPE=bf16` and the like.
     pub types: &'static [DType],
-    /// The macros of each variant: `&[&["-DHEAD_DIM=64"], &["-DHEAD_DIM=128"]]`; `&[&[]]` if there is but one.
-    pub variants: &'static [&'static [&'static str]],
+    /// The macros of each variant for an architecture, beside the element type.
+    pub variants: fn(Arch) -> Vec<Vec<String>>,
 }
 
 /// A range of architectures, both ends included.
@@ -52,47 +60,81 @@ impl Archs {
     }
 }
 
-impl Unit {
-    /// The options of every compilation: each element type with each variant.
-    pub fn compilations(&self) -> impl Iterator<Item = Vec<&'static str>> {
-        let of_type = |&dtype| self.variants.iter().map(move |variant| options(dtype, variant));
-        self.types.iter().flat_map(of_type)
+impl Listed {
+    /// The options of every compilation for an architecture: each element type with each variant.
+    #[must_use]
+    pub fn compilations(&self, arch: Arch) -> Vec<Vec<String>> {
+        if !self.archs.contains(arch) {
+            return Vec::new();
+        }
+        let variants = (self.variants)(arch);
+        let with = |dtype, variant: &[String]| [&[type_option(dtype)], variant].concat();
+        self.types.iter().flat_map(|&dtype| variants.iter().map(move |variant| with(dtype, variant))).collect()
     }
-
-    /// Whether these options, in any order, are among [`Unit::compilations`].
-    pub(crate) fn lists(&self, options: &[&str]) -> bool {
-        let wanted = sorted(options);
-        self.compilations().any(|listed| sorted(&listed) == wanted)
-    }
-}
-
-/// The options of a compilation for this element type.
-pub(crate) fn options(dtype: DType, variant: &[&'static str]) -> Vec<&'static str> {
-    std::iter::once(type_option(dtype)).chain(variant.iter().copied()).collect()
 }
 
 /// The macro that makes an element type `T`.
-pub(crate) fn type_option(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "-DDASH_TYPE=f32",
-        DType::F16 => "-DDASH_TYPE=f16",
-        DType::BF16 => "-DDASH_TYPE=bf16",
-    }
+fn type_option(dtype: DType) -> String {
+    format!("-DDASH_TYPE={dtype}")
 }
 
-fn sorted<'a>(options: &[&'a str]) -> Vec<&'a str> {
-    let mut options = options.to_vec();
+/// Whether a compilation, with its options in any order, is in the table.
+pub(crate) fn is_listed(unit: &Unit, arch: Arch, options: &[&str]) -> bool {
+    let wanted = sorted(options);
+    let listed = UNITS.iter().filter(|listed| listed.unit.name == unit.name);
+    listed.flat_map(|listed| listed.compilations(arch)).any(|options| sorted(&options) == wanted)
+}
+
+fn sorted<S: AsRef<str>>(options: &[S]) -> Vec<&str> {
+    let mut options: Vec<&str> = options.iter().map(AsRef::as_ref).collect();
     options.sort_unstable();
     options
 }
 
 /// What the files include, by the name that they include it under. The compiler gets the texts: a machine that runs kernels
 /// has no copy of the files.
-pub(crate) static HEADERS: &[(&str, &str)] =
-    &[("common.cuh", include_str!("../../cuda/common.cuh")), ("mma.cuh", include_str!("../../cuda/mma.cuh"))];
+pub(crate) static HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
+    ("mma.cuh", include_str!("../../cuda/mma.cuh")),
+];
+
+const ALL_TYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+/// What tensor cores take.
+const HALVES: &[DType] = &[DType::F16, DType::BF16];
 
 /// Every file of device code.
-pub static UNITS: &[&Unit] = &[];
+pub static UNITS: &[Listed] = &[
+    Listed {
+        unit: &ops::attention_prefill_sm80::UNIT,
+        archs: Archs::SINCE_SM80,
+        types: HALVES,
+        variants: |arch| {
+            let head_dims = ops::attention_prefill_sm80::HEAD_DIMS;
+            head_dims.map(|head_dim| ops::attention_prefill_sm80::options(arch, head_dim).to_vec()).to_vec()
+        },
+    },
+    Listed {
+        unit: &ops::attention_prefill_sm90::UNIT,
+        archs: Archs::SM90,
+        types: HALVES,
+        variants: |_| {
+            let of = |head_dim| vec![format!("-DHEAD_DIM={head_dim}"), "-DTAKE_TURNS=1".to_string()];
+            [64, 80, 96, 128, 192, 256].map(of).to_vec()
+        },
+    },
+    Listed { unit: &ops::convert::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::gather_rows::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::rms_norm::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::rope::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::silu_mul::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+];
+
+/// No macros but the element type.
+fn one(_: Arch) -> Vec<Vec<String>> {
+    vec![Vec::new()]
+}
 
 #[cfg(test)]
 mod tests {
@@ -108,7 +150,7 @@ mod tests {
         let Ok(entries) = fs::read_dir(folder) else { return println!("skipped: the sources are not here") };
         let files: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         let with = |ending: &str| files.iter().filter(|f| f.ends_with(ending)).cloned().collect::<BTreeSet<_>>();
-        let units: BTreeSet<_> = UNITS.iter().map(|unit| unit.name.to_string()).collect();
+        let units: BTreeSet<_> = UNITS.iter().map(|listed| listed.unit.name.to_string()).collect();
         let headers: BTreeSet<_> = HEADERS.iter().map(|(name, _)| name.to_string()).collect();
         assert_eq!(units, with(".cu"));
         assert_eq!(headers, with(".cuh"));
@@ -117,36 +159,53 @@ mod tests {
 
     #[test]
     fn no_compilation_is_listed_twice() {
-        for unit in UNITS {
-            let all: Vec<_> = unit.compilations().map(|options| sorted(&options)).collect();
-            let once: BTreeSet<_> = all.iter().collect();
-            assert_eq!(once.len(), all.len(), "{}", unit.name);
-            assert!(!all.is_empty(), "{} is never compiled", unit.name);
+        let archs = [Arch::SM70, Arch::SM75, Arch::SM80, Arch::SM86, Arch::SM90, Arch::SM100, Arch::SM120];
+        for listed in UNITS {
+            let mut num_compilations = 0;
+            for arch in archs {
+                let all = listed.compilations(arch);
+                let once: BTreeSet<_> = all.iter().map(|options| sorted(options)).collect();
+                assert_eq!(once.len(), all.len(), "{} for {}", listed.unit.name, arch.target());
+                num_compilations += all.len();
+            }
+            assert!(num_compilations > 0, "{} is never compiled", listed.unit.name);
         }
     }
 
     #[test]
     fn compilations_are_types_times_variants() {
-        static UNIT: Unit = Unit {
-            name: "some.cu",
-            source: "",
+        static UNIT: Unit = Unit { name: "some.cu", source: "" };
+        let listed = Listed {
+            unit: &UNIT,
             archs: Archs::SINCE_SM80,
-            types: &[DType::BF16, DType::F16],
-            variants: &[&["-DHEAD_DIM=64", "-DTILE=16"], &["-DHEAD_DIM=128", "-DTILE=16"]],
+            types: HALVES,
+            variants: |arch| {
+                [64, 128].map(|d| vec![format!("-DHEAD_DIM={d}"), format!("-DSM={}", arch.major)]).to_vec()
+            },
         };
-        let all: Vec<_> = UNIT.compilations().map(|options| options.join(" ")).collect();
+        let all: Vec<_> = listed.compilations(Arch::SM90).iter().map(|options| options.join(" ")).collect();
         let wanted = [
-            "-DDASH_TYPE=bf16 -DHEAD_DIM=64 -DTILE=16",
-            "-DDASH_TYPE=bf16 -DHEAD_DIM=128 -DTILE=16",
-            "-DDASH_TYPE=f16 -DHEAD_DIM=64 -DTILE=16",
-            "-DDASH_TYPE=f16 -DHEAD_DIM=128 -DTILE=16",
+            "-DDASH_TYPE=f16 -DHEAD_DIM=64 -DSM=9",
+            "-DDASH_TYPE=f16 -DHEAD_DIM=128 -DSM=9",
+            "-DDASH_TYPE=bf16 -DHEAD_DIM=64 -DSM=9",
+            "-DDASH_TYPE=bf16 -DHEAD_DIM=128 -DSM=9",
         ];
         assert_eq!(all, wanted);
-        assert!(UNIT.lists(&["-DTILE=16", "-DDASH_TYPE=f16", "-DHEAD_DIM=64"]));
-        assert!(!UNIT.lists(&["-DDASH_TYPE=f32", "-DHEAD_DIM=64", "-DTILE=16"]));
-        assert!(
-            UNIT.archs.contains(Arch::SM80) && UNIT.archs.contains(Arch::SM120) && !UNIT.archs.contains(Arch::SM75)
-        );
+        assert!(listed.compilations(Arch::SM75).is_empty());
+    }
+
+    #[test]
+    fn options_are_listed_in_any_order() {
+        let unit = &ops::attention_prefill_sm90::UNIT;
+        let options = ["-DTAKE_TURNS=1", "-DDASH_TYPE=f16", "-DHEAD_DIM=96"];
+        assert!(is_listed(unit, Arch::SM90, &options));
+        assert!(!is_listed(unit, Arch::SM80, &options) && !is_listed(unit, Arch::SM90, &options[1..]));
+    }
+
+    #[test]
+    fn archs_are_ranges() {
+        assert!(Archs::SINCE_SM80.contains(Arch::SM80) && Archs::SINCE_SM80.contains(Arch::SM120));
+        assert!(!Archs::SINCE_SM80.contains(Arch::SM75));
         assert!(Archs::SM90.contains(Arch::SM90) && !Archs::SM90.contains(Arch::SM100));
         assert!(Archs::BEFORE_SM80.contains(Arch::SM75) && !Archs::BEFORE_SM80.contains(Arch::SM80));
     }

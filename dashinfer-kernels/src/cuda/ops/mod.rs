@@ -1,6 +1,7 @@
 //! One launcher for each kernel: it checks shapes, and is the only place that launches it.
 
 pub(crate) mod attention_prefill_sm80;
+pub(crate) mod attention_prefill_sm90;
 pub(crate) mod convert;
 pub(crate) mod embed;
 pub(crate) mod gather_rows;
