@@ -77,7 +77,7 @@ impl CublasLt {
     /// # Errors
     /// [`KernelError::Library`] if it is not there, [`KernelError::Device`] if it does not start.
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self, KernelError> {
-        library::open_cublaslt()?;
+        library::open_cublaslt(Some(device.cuda))?;
         let bytes = workspace_bytes(device.arch);
         let workspace = device.alloc("the workspace of cuBLASLt", bytes)?;
         let handle = result::create_handle().map_err(failed("cublasLtCreate"))?;

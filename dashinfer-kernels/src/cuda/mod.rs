@@ -3,10 +3,14 @@
 //! Nothing of CUDA is needed to build this: the driver, NVRTC and cuBLASLt are opened at run time, and a machine without them
 //! gets a typed error. Kernels are CUDA C++ (in `cuda/`), compiled for the very GPU at first use. `docs/cuda.md` tells more.
 
+mod arch;
 mod backend;
+mod cache;
+mod compiler;
 mod cublaslt;
 mod device;
 mod graph;
+mod images;
 mod kernel;
 mod library;
 mod memory;
@@ -16,13 +20,17 @@ mod plan;
 mod probe;
 mod step;
 mod tensor_map;
+#[cfg(test)]
+mod test_folder;
 mod units;
 mod upload;
 
 use std::sync::Arc;
 
+pub use arch::Arch;
 pub use backend::{CudaBackend, CudaConfig, CudaKvCache, CudaTensor, CudaVector};
-pub use device::{Arch, num_devices};
+pub use compiler::KernelSettings;
+pub use device::num_devices;
 pub use ops::linear::CudaLinear;
 
 use crate::{DType, KernelError};
@@ -92,4 +100,12 @@ pub fn workspace_bytes(device: &CudaDevice, params: &WorkspaceParams) -> u64 {
     let partials: usize = ops::attention_units::Partials::bytes(slots, num_heads, head_dim).into_iter().sum();
     let edited = max_logit_rows.saturating_mul(vocab_size).saturating_mul(2 * size_of::<f32>());
     (cublaslt::workspace_bytes(device.0.arch) + partials + ALLOWANCE).saturating_add(edited) as u64
+}
+
+/// What checks kernels and compiles them beforehand: for `cargo xtask`, and for builds that ship images of their own.
+pub mod tools {
+    pub use super::compiler::{archive, compile};
+    pub use super::images::Images;
+    pub use super::nvrtc::{Compiled, Nvrtc};
+    pub use super::units::{Archs, Listed, UNITS, Unit};
 }
