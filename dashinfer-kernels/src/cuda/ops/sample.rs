@@ -245,6 +245,11 @@ impl CudaSampler {
         Ok(pending.into_iter().enumerate().map(sampled).collect())
     }
 
+    /// The most rows of a launch.
+    pub(crate) fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
     /// The address of the ids of the newest launch, `u32` for each of its rows: what the next step's embedding reads.
     pub(crate) fn last_ids(&self) -> u64 {
         self.ids[self.newest].ptr()
