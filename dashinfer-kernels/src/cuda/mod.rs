@@ -11,6 +11,7 @@ mod memory;
 mod nvrtc;
 mod ops;
 mod plan;
+mod tensor_map;
 mod units;
 
 pub use device::{Arch, num_devices};

@@ -13,5 +13,6 @@ pub(crate) struct Unit {
 pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
 ];

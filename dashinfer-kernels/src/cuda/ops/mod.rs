@@ -3,6 +3,7 @@
 pub(crate) mod attention_combine;
 pub(crate) mod attention_decode;
 pub(crate) mod attention_prefill_sm80;
+pub(crate) mod attention_prefill_sm90;
 pub(crate) mod attention_simple;
 pub(crate) mod attention_units;
 pub(crate) mod convert;
