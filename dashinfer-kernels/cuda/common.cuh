@@ -103,6 +103,19 @@ __device__ __forceinline__ uint4 load_stream(const void* from) {
     return v;
 }
 
+__device__ __forceinline__ bool aligned_16(const void* p) { return uptr(p) % 16 == 0; }
+
+// The block copies `cols` values; rows of whole 16 bytes go 16 bytes at a time.
+template <typename V>
+__device__ __forceinline__ void copy_row(V* to, const V* from, u32 cols) {
+    constexpr int N = PER_16B<V>;
+    if (cols % N == 0 && aligned_16(to) && aligned_16(from)) {
+        for (u32 i = threadIdx.x * N; i < cols; i += blockDim.x * N) store<N>(to + i, load<N>(from + i));
+    } else {
+        for (u32 i = threadIdx.x; i < cols; i += blockDim.x) to[i] = from[i];
+    }
+}
+
 __device__ __forceinline__ u32 smem_u32(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // --- reductions --------------------------------------------------------------------------------------------------------
@@ -134,6 +147,8 @@ __device__ __forceinline__ float block_sum(float x) {
 // Kernels are launched so that one may start while the one before it still runs (SM90 and newer). Every thread of every
 // kernel calls `wait_for_inputs` once, before it reads what an earlier kernel wrote, writes anything to global memory, or
 // returns. Before it only constants (weights, kernel parameters) may be read. `let_next_start` may come at any time.
+// What earlier kernels write is no `const __restrict__` parameter: the compiler takes that for memory which nobody changes
+// while the kernel runs, and may then read it before the wait; nor is the output `__restrict__` beside it.
 
 __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900

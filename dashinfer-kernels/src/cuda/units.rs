@@ -10,5 +10,9 @@ pub(crate) struct Unit {
 }
 
 /// The headers that units include, by name.
-pub(crate) static HEADERS: &[(&str, &str)] =
-    &[("common.cuh", include_str!("../../cuda/common.cuh")), ("mma.cuh", include_str!("../../cuda/mma.cuh"))];
+pub(crate) static HEADERS: &[(&str, &str)] = &[
+    ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
+    ("mma.cuh", include_str!("../../cuda/mma.cuh")),
+];

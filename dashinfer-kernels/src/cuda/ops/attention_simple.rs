@@ -1,0 +1,116 @@
+//! Attention without tensor cores, for what has no faster kernel.
+
+use std::sync::Arc;
+
+use super::attention_units::DecodeOperands;
+use super::operand::typed_kernel;
+use crate::cuda::device::Device;
+use crate::cuda::kernel::{Args, Kernel, Launch};
+use crate::cuda::units::Unit;
+use crate::{DType, KernelError};
+
+pub(crate) static UNIT: Unit =
+    Unit { name: "attention_simple.cu", source: include_str!("../../../cuda/attention_simple.cu") };
+
+const OP: &str = "attention_simple";
+/// Values of a head that a lane of each warp holds in pairs: one compilation for each, and the blocks of a multiprocessor
+/// that its registers allow.
+pub(crate) static PAIRS: &[(usize, u32)] = &[(1, 6), (2, 4), (3, 3), (4, 2)];
+
+/// Attention of rows over their cached positions, for any type, see `attention_simple.cu`.
+#[derive(Debug)]
+pub(crate) struct AttentionSimple {
+    kernel: Kernel,
+    dtype: DType,
+    head_dim: usize,
+    grid: u32,
+}
+
+impl AttentionSimple {
+    /// # Errors
+    /// [`KernelError::Unsupported`] if the head size is odd or above 256, and what compiling may say.
+    pub(crate) fn new(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Result<Self, KernelError> {
+        let variant = PAIRS.iter().find(|(pairs, _)| head_dim > 0 && head_dim % 2 == 0 && head_dim <= 64 * pairs);
+        let &(pairs, blocks) = variant.ok_or_else(|| {
+            let what = format!("a head size of {head_dim}");
+            KernelError::Unsupported { op: OP, what, backend: "cuda" }
+        })?;
+        let kernel = typed_kernel(device, &UNIT, dtype, &[&format!("-DPAIRS={pairs}")], OP)?;
+        Ok(Self { kernel, dtype, head_dim, grid: device.num_sms * blocks })
+    }
+
+    /// Blocks that run at once: what a plan divides the positions between.
+    pub(crate) fn grid(&self) -> usize {
+        self.grid as usize
+    }
+
+    /// Writes the output of rows of one unit, and the partial results of the others for
+    /// [`AttentionCombine`](super::attention_combine::AttentionCombine).
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if an operand is too small, [`KernelError::Unsupported`] for other block sizes.
+    pub(crate) fn run(&self, device: &Device, operands: &DecodeOperands<'_>) -> Result<(), KernelError> {
+        crate::error::check(OP, "head size", self.head_dim, operands.params.head_dim)?;
+        let params = operands.checked(OP, self.dtype)?;
+        let launch = Launch { grid: [self.grid, 1, 1], block: 128, shared: 0 };
+        // SAFETY: this is the kernel's parameter; sizes were checked above, and units are a plan's, which name rows, blocks and
+        // slots of the batch and the workspace that it was made for.
+        unsafe { self.kernel.launch(device, launch, &mut Args::new().value(&params)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::attention_testing::*;
+    use super::super::testing::*;
+    use super::*;
+
+    #[test]
+    fn attention_simple_every_type_and_some_head_sizes() {
+        let Some(device) = test_device() else { return };
+        for dtype in TYPES {
+            for head_dim in [2, 34, 64, 96, 130, 256] {
+                let kernels = Kernels::simple(&device, dtype, head_dim);
+                check_shapes(&device, &kernels, dtype, head_dim, &[[7, 1], [4, 4]]);
+            }
+        }
+    }
+
+    #[test]
+    fn attention_simple_every_group() {
+        let Some(device) = test_device() else { return };
+        let kernels = Kernels::simple(&device, DType::F32, 72);
+        let heads = [[2, 2], [4, 2], [3, 1], [8, 2], [14, 2], [14, 1], [20, 1]];
+        check_shapes(&device, &kernels, DType::F32, 72, &heads);
+    }
+
+    #[test]
+    fn attention_simple_windows() {
+        let Some(device) = test_device() else { return };
+        for dtype in TYPES {
+            let kernels = Kernels::simple(&device, dtype, 64);
+            check_windows(&device, &kernels, dtype, 64);
+        }
+    }
+
+    #[test]
+    fn attention_simple_padding_rows_are_zeros() {
+        let Some(device) = test_device() else { return };
+        let kernels = Kernels::simple(&device, DType::F32, 128);
+        check_padding(&device, &kernels, DType::F32, 128);
+    }
+
+    #[test]
+    fn attention_simple_rows_of_prompts() {
+        let Some(device) = test_device() else { return };
+        let kernels = Kernels::simple(&device, DType::F32, 66);
+        check_prompt_rows(&device, &kernels, DType::F32, 66);
+    }
+
+    #[test]
+    fn attention_simple_a_row_is_the_same_in_any_batch() {
+        let Some(device) = test_device() else { return };
+        let kernels = Kernels::simple(&device, DType::BF16, 128);
+        check_invariance(&device, &kernels, DType::BF16, 128);
+    }
+}

@@ -1,0 +1,385 @@
+//! What the tests of attention kernels share: random paged batches, the whole way from plan to output, and the definition.
+
+use std::sync::Arc;
+
+use super::attention_combine::AttentionCombine;
+use super::attention_decode::AttentionDecode;
+use super::attention_simple::AttentionSimple;
+use super::attention_units::{DecodeOperands, Partials};
+use super::operand::Span;
+use super::testing::*;
+use crate::cuda::device::Device;
+use crate::cuda::memory::{Buffer, Event};
+use crate::cuda::plan::{AttentionPlan, DecodeUnit, MAX_SPLITS, PlanParams, RowSplits, Splitting};
+use crate::{AttentionParams, DType, KernelError, PagedBatch, SequenceRows};
+
+/// A batch of sequences over a cache whose unused places are NaN, and its plan.
+pub(super) struct Case {
+    pub(super) dtype: DType,
+    pub(super) params: AttentionParams,
+    pub(super) block_size: usize,
+    /// `(num_rows, context_len)` of each sequence.
+    pub(super) sequences: Vec<(usize, usize)>,
+    pub(super) splitting: Splitting,
+    pub(super) padded_rows: Option<usize>,
+    /// Whether the plan leaves out what the window hides; the kernel does in any case.
+    pub(super) plan_knows_window: bool,
+    pub(super) max_slots: usize,
+}
+
+impl Case {
+    pub(super) fn new(dtype: DType, [num_heads, num_kv_heads, head_dim]: [usize; 3], block_size: usize) -> Self {
+        // Scores spread by about 2.7: few positions decide, so that one which is wrong shows.
+        let scale = 8.0 / (head_dim as f32).sqrt();
+        Self {
+            dtype,
+            params: AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: None },
+            block_size,
+            sequences: [1, 63, 64, 65, 255, 1000, 5000].map(|context_len| (1, context_len)).to_vec(),
+            splitting: Splitting::Balanced,
+            padded_rows: None,
+            plan_knows_window: true,
+            max_slots: 4096,
+        }
+    }
+
+    fn what(&self) -> String {
+        let Self { dtype, params: p, block_size, splitting, .. } = self;
+        let [h, k, d] = [p.num_heads, p.num_kv_heads, p.head_dim];
+        format!("{dtype} {h}/{k} heads of {d}, blocks of {block_size}, window {:?}, {splitting:?}", p.window)
+    }
+}
+
+/// Either kernel, and what combines its partial results.
+pub(super) enum Kernels {
+    Decode(AttentionDecode, AttentionCombine),
+    Simple(AttentionSimple, AttentionCombine),
+}
+
+impl Kernels {
+    pub(super) fn decode(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
+        let combine = AttentionCombine::new(device, dtype).unwrap();
+        Self::Decode(AttentionDecode::new(device, dtype, head_dim).unwrap(), combine)
+    }
+
+    pub(super) fn simple(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
+        let combine = AttentionCombine::new(device, dtype).unwrap();
+        Self::Simple(AttentionSimple::new(device, dtype, head_dim).unwrap(), combine)
+    }
+
+    fn grid(&self) -> usize {
+        match self {
+            Self::Decode(kernel, _) => kernel.grid(),
+            Self::Simple(kernel, _) => kernel.grid(),
+        }
+    }
+
+    fn run(&self, device: &Device, operands: &DecodeOperands<'_>) -> Result<(), KernelError> {
+        match self {
+            Self::Decode(kernel, _) => kernel.run(device, operands),
+            Self::Simple(kernel, _) => kernel.run(device, operands),
+        }
+    }
+
+    fn combine(&self) -> &AttentionCombine {
+        match self {
+            Self::Decode(_, combine) | Self::Simple(_, combine) => combine,
+        }
+    }
+}
+
+/// A case on the device.
+pub(super) struct Prepared<'a> {
+    case: &'a Case,
+    batch: PagedBatch,
+    plan: AttentionPlan,
+    num_rows: usize,
+    qkv: Values,
+    k: Values,
+    v: Values,
+    out: Buffer,
+    units: Buffer,
+    counts: Buffer,
+    splits: Buffer,
+    block_table: Buffer,
+    partials: [Buffer; 2],
+}
+
+impl<'a> Prepared<'a> {
+    pub(super) fn new(device: &Arc<Device>, kernels: &Kernels, case: &'a Case, seed: u64) -> Self {
+        let AttentionParams { num_heads, num_kv_heads, head_dim, window, .. } = case.params;
+        let batch = batch(case);
+        let plan_params = PlanParams {
+            grid: kernels.grid(),
+            num_kv_heads,
+            window: window.filter(|_| case.plan_knows_window),
+            splitting: case.splitting,
+            prefill_rows: None,
+            max_slots: case.max_slots,
+        };
+        let mut plan = AttentionPlan::default();
+        plan.make(&batch, &plan_params, case.padded_rows);
+        let num_rows = case.padded_rows.unwrap_or_else(|| case.sequences.iter().map(|sequence| sequence.0).sum());
+
+        let qkv = Values::random(device, case.dtype, num_rows * (num_heads + 2 * num_kv_heads) * head_dim, seed);
+        let [k, v] = [1, 2].map(|which| Values::of(device, case.dtype, &cache(case, &batch, seed + which)));
+        let counts: Vec<u32> = plan.chunks.iter().map(|chunk| chunk.units.len() as u32).collect();
+        Self {
+            num_rows,
+            qkv,
+            k,
+            v,
+            out: poisoned(device, num_rows * num_heads * head_dim * case.dtype.size_bytes()),
+            units: upload(device, bytemuck::cast_slice(&plan.units)),
+            counts: words(device, &counts),
+            splits: upload(device, bytemuck::cast_slice(&plan.splits)),
+            block_table: words(device, &batch.block_table),
+            partials: Partials::bytes(case.max_slots, num_heads, head_dim).map(|bytes| poisoned(device, bytes)),
+            case,
+            batch,
+            plan,
+        }
+    }
+
+    /// All chunks of the plan, each with its combining.
+    pub(super) fn run(&self, device: &Arc<Device>, kernels: &Kernels) -> Result<(), KernelError> {
+        let params = &self.case.params;
+        let [out, ml] = self.partials.each_ref().map(Span::from);
+        let partials = Partials { num_slots: self.case.max_slots, out, ml };
+        for (i, chunk) in self.plan.chunks.iter().enumerate() {
+            let of_unit = size_of::<DecodeUnit>();
+            let operands = DecodeOperands {
+                out: (&self.out).into(),
+                qkv: (&self.qkv.on_device).into(),
+                num_rows: self.num_rows,
+                k_cache: (&self.k.on_device).into(),
+                v_cache: (&self.v.on_device).into(),
+                block_size: self.case.block_size,
+                units: Span::part(&self.units, chunk.units.start * of_unit, chunk.units.len() * of_unit)?,
+                num_units: Span::part(&self.counts, i * 4, 4)?,
+                block_table: (&self.block_table).into(),
+                partials,
+                params,
+            };
+            kernels.run(device, &operands)?;
+            let of_split = size_of::<RowSplits>();
+            let splits = Span::part(&self.splits, chunk.splits.start * of_split, chunk.splits.len() * of_split)?;
+            kernels.combine().run(
+                device,
+                ((&self.out).into(), self.num_rows),
+                &partials,
+                (splits, chunk.splits.len()),
+                [params.num_heads, params.head_dim],
+            )?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn output(&self) -> Vec<f32> {
+        read(&self.out, self.case.dtype)
+    }
+
+    /// The definition, in `f64`; zeros for rows behind the batch's.
+    pub(super) fn want(&self) -> Vec<f64> {
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window } = self.case.params;
+        let row_len = num_heads * head_dim;
+        let mut out = vec![0.0; self.num_rows * row_len];
+        for sequence in &self.batch.sequences {
+            for at in 0..sequence.num_rows {
+                let row = sequence.first_row + at;
+                let end = sequence.context_len - sequence.num_rows + at + 1;
+                let begin = window.map_or(0, |window| end.saturating_sub(window));
+                for head in 0..num_heads {
+                    let q = (row * (num_heads + 2 * num_kv_heads) + head) * head_dim;
+                    let q = &self.qkv.values[q..q + head_dim];
+                    let place = |position: usize| {
+                        let block =
+                            self.batch.block_table[sequence.first_block + position / self.case.block_size] as usize;
+                        let kv_head = head / (num_heads / num_kv_heads);
+                        let start = (block * num_kv_heads + kv_head) * self.case.block_size;
+                        (start + position % self.case.block_size) * head_dim
+                    };
+                    let scores: Vec<f64> = (begin..end)
+                        .map(|position| {
+                            let k = &self.k.values[place(position)..];
+                            let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                            dot * f64::from(scale)
+                        })
+                        .collect();
+                    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+                    let out = &mut out[row * row_len + head * head_dim..][..head_dim];
+                    for (position, score) in (begin..end).zip(&scores) {
+                        let weight = (score - top).exp() / sum;
+                        for (out, &v) in out.iter_mut().zip(&self.v.values[place(position)..]) {
+                            *out += weight * f64::from(v);
+                        }
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Bytes of keys and values that the batch's rows see.
+    pub(super) fn bytes_read(&self) -> usize {
+        let AttentionParams { num_kv_heads, head_dim, .. } = self.case.params;
+        let positions: usize = self.batch.sequences.iter().map(|sequence| sequence.context_len).sum();
+        2 * positions * num_kv_heads * head_dim * self.case.dtype.size_bytes()
+    }
+}
+
+/// Runs a case and compares. Weights are rounded to the elements' type before they meet the values, and so is the output;
+/// a score of 20 in `f32` is off by some 1e-6.
+#[track_caller]
+pub(super) fn check(device: &Arc<Device>, kernels: &Kernels, case: &Case, seed: u64) {
+    let prepared = Prepared::new(device, kernels, case, seed);
+    prepared.run(device, kernels).unwrap();
+    let tolerance = step(case.dtype).max(2e-5);
+    assert_close(&prepared.output(), &prepared.want(), tolerance, tolerance, &case.what());
+}
+
+/// Blocks of all sequences in a random order, with some between them that nobody has.
+fn batch(case: &Case) -> PagedBatch {
+    let (mut first_row, mut first_block) = (0, 0);
+    let mut sequences = Vec::new();
+    for &(num_rows, context_len) in &case.sequences {
+        let num_blocks = context_len.div_ceil(case.block_size);
+        sequences.push(SequenceRows { first_row, num_rows, context_len, first_block, num_blocks });
+        first_row += num_rows;
+        first_block += num_blocks;
+    }
+    let mut blocks: Vec<u32> = (0..first_block as u32 + 3).collect();
+    let keys = random(blocks.len(), 77);
+    blocks.sort_by(|&a, &b| keys[a as usize].total_cmp(&keys[b as usize]));
+    blocks.truncate(first_block);
+    PagedBatch { sequences, block_table: blocks, ..PagedBatch::default() }
+}
+
+/// Random keys or values where there are any.
+fn cache(case: &Case, batch: &PagedBatch, seed: u64) -> Vec<f32> {
+    let AttentionParams { num_kv_heads, head_dim, .. } = case.params;
+    let of_block = num_kv_heads * case.block_size * head_dim;
+    let some = random(1_000_003, seed);
+    let mut values: Vec<f32> = some.iter().copied().cycle().take((batch.block_table.len() + 3) * of_block).collect();
+    let mut used = vec![0; batch.block_table.len() + 3];
+    for sequence in &batch.sequences {
+        for at in 0..sequence.num_blocks {
+            let block = batch.block_table[sequence.first_block + at] as usize;
+            used[block] = case.block_size.min(sequence.context_len - at * case.block_size);
+        }
+    }
+    for (block, values) in values.chunks_mut(of_block).enumerate() {
+        for of_head in values.chunks_mut(case.block_size * head_dim) {
+            of_head[used[block] * head_dim..].fill(f32::NAN);
+        }
+    }
+    values
+}
+
+/// Cases that both kernels must pass for a type and head size.
+pub(super) fn check_shapes(
+    device: &Arc<Device>,
+    kernels: &Kernels,
+    dtype: DType,
+    head_dim: usize,
+    heads: &[[usize; 2]],
+) {
+    for (i, &[num_heads, num_kv_heads]) in heads.iter().enumerate() {
+        let case = |block_size| Case::new(dtype, [num_heads, num_kv_heads, head_dim], block_size);
+        check(device, kernels, &case([16, 32, 64, 128][i % 4]), 10 + i as u64);
+        // One block over as many slots as one row may need: several chunks.
+        let fixed = Case { splitting: Splitting::ByContext, max_slots: MAX_SPLITS, ..case([32, 16, 128, 64][i % 4]) };
+        check(device, kernels, &fixed, 20 + i as u64);
+    }
+}
+
+pub(super) fn check_windows(device: &Arc<Device>, kernels: &Kernels, dtype: DType, head_dim: usize) {
+    for (window, plan_knows_window) in [(1, true), (1, false), (17, true), (100, false), (700, true), (700, false)] {
+        for splitting in [Splitting::Balanced, Splitting::ByContext] {
+            let mut case = Case { splitting, plan_knows_window, ..Case::new(dtype, [4, 2, head_dim], 32) };
+            case.params.window = Some(window);
+            check(device, kernels, &case, 30);
+        }
+    }
+}
+
+pub(super) fn check_padding(device: &Arc<Device>, kernels: &Kernels, dtype: DType, head_dim: usize) {
+    let case = Case { padded_rows: Some(16), ..Case::new(dtype, [6, 2, head_dim], 16) };
+    check(device, kernels, &case, 40);
+}
+
+pub(super) fn check_prompt_rows(device: &Arc<Device>, kernels: &Kernels, dtype: DType, head_dim: usize) {
+    let mut case = Case::new(dtype, [4, 2, head_dim], 16);
+    case.sequences = vec![(70, 70), (1, 300), (5, 133)];
+    check(device, kernels, &case, 50);
+}
+
+/// Rows alone and among others, to the bit.
+pub(super) fn check_invariance(device: &Arc<Device>, kernels: &Kernels, dtype: DType, head_dim: usize) {
+    let run = |sequences: &[(usize, usize)], seed_rows: usize| {
+        // The first sequence's blocks and rows hold the same values in both: blocks come in order of the table.
+        let case = Case {
+            splitting: Splitting::ByContext,
+            sequences: sequences.to_vec(),
+            ..Case::new(dtype, [4, 2, head_dim], 64)
+        };
+        let mut prepared = Prepared::new(device, kernels, &case, 60);
+        let num_blocks = prepared.batch.block_table.len();
+        let in_order: Vec<u32> = (0..num_blocks as u32).collect();
+        prepared.block_table = words(device, &in_order);
+        let of_cache = (num_blocks + 3) * 2 * 64 * head_dim;
+        prepared.k = Values::of(device, dtype, &random(of_cache, 61));
+        prepared.v = Values::of(device, dtype, &random(of_cache, 62));
+        prepared.run(device, kernels).unwrap();
+        let mut out = prepared.output();
+        out.truncate(seed_rows * 4 * head_dim);
+        out
+    };
+    let alone = run(&[(1, 2777)], 1);
+    let mut among = vec![(1, 2777)];
+    among.extend((0..300).map(|i| (1, 1 + i * 7)));
+    assert!(alone == run(&among, 1), "{dtype}, heads of {head_dim}");
+}
+
+/// Prints the time of attention and combining, and the keys and values read in it: the median of 20. Before each, another
+/// batch is attended to, which takes the second-level cache, and keeps the device busy while the host launches.
+pub(super) fn bench(
+    device: &Arc<Device>,
+    kernels: &Kernels,
+    heads @ [num_heads, num_kv_heads, head_dim]: [usize; 3],
+    context_len: usize,
+    num_rows: usize,
+) {
+    const FLUSHED: usize = 128 << 20;
+    let case = |num_rows, context_len| Case {
+        sequences: vec![(1, context_len); num_rows],
+        max_slots: 2048,
+        ..Case::new(DType::BF16, heads, 64)
+    };
+    let other = case(FLUSHED.div_ceil(4096 * num_kv_heads * head_dim * 4), 4096);
+    let other = Prepared::new(device, kernels, &other, 100);
+    let case = case(num_rows, context_len);
+    let timed = Prepared::new(device, kernels, &case, 200);
+    let [start, end] = [0; 2].map(|_| Event::timed(device).unwrap());
+    let mut times: Vec<_> = (0..23)
+        .map(|_| {
+            other.run(device, kernels).unwrap();
+            start.record().unwrap();
+            timed.run(device, kernels).unwrap();
+            end.record().unwrap();
+            end.wait().unwrap();
+            end.since(&start).unwrap()
+        })
+        .skip(3)
+        .collect();
+    times.sort_unstable();
+    let time = times[times.len() / 2];
+    let speed = timed.bytes_read() as f64 / time.as_secs_f64() / 1e9;
+    let [units, splits] = [timed.plan.units.len(), timed.plan.splits.len()];
+    println!(
+        "attention_decode/bf16/{num_heads}/{num_kv_heads}x{head_dim} context {context_len} rows {num_rows}   \
+         {:8.1} us   {speed:6.0} GB/s   {units} units, {splits} rows split",
+        time.as_secs_f64() * 1e6,
+    );
+}

@@ -1,0 +1,127 @@
+//! What the launchers of decode attention share: operands, and the kernel's parameters made of them.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::operand::{Span, count_u32};
+use crate::cuda::plan::DecodeUnit;
+use crate::{AttentionParams, DType, KernelError};
+
+/// Operands of one chunk of a plan: its units, the batch that they name, and the cache.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DecodeOperands<'a> {
+    /// `[num_rows, H * D]`
+    pub(crate) out: Span<'a>,
+    /// `[num_rows, (H + 2 K) * D]`: query heads come first.
+    pub(crate) qkv: Span<'a>,
+    /// Rows of the batch, with its padding.
+    pub(crate) num_rows: usize,
+    /// `[num_blocks, K, B, D]`
+    pub(crate) k_cache: Span<'a>,
+    /// As `k_cache`.
+    pub(crate) v_cache: Span<'a>,
+    /// Tokens in a block, `B`.
+    pub(crate) block_size: usize,
+    /// [`DecodeUnit`]s that a plan made, on the device.
+    pub(crate) units: Span<'a>,
+    /// How many of them there are: one `u32` on the device.
+    pub(crate) num_units: Span<'a>,
+    /// The batch's block table.
+    pub(crate) block_table: Span<'a>,
+    /// Room for partial results.
+    pub(crate) partials: Partials<'a>,
+    /// Heads, scale and window.
+    pub(crate) params: &'a AttentionParams,
+}
+
+/// Room for the partial results of rows that are split.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Partials<'a> {
+    /// Units that there is room for: the plan's `max_slots`.
+    pub(crate) num_slots: usize,
+    /// `[num_slots, H, D]` `f32`: weighted sums of values.
+    pub(crate) out: Span<'a>,
+    /// `[num_slots, H, 2]` `f32`: largest score and sum of weights.
+    pub(crate) ml: Span<'a>,
+}
+
+impl Partials<'_> {
+    /// Bytes of `out` and `ml`.
+    pub(crate) const fn bytes(num_slots: usize, num_heads: usize, head_dim: usize) -> [usize; 2] {
+        [num_slots * num_heads * head_dim * 4, num_slots * num_heads * 2 * 4]
+    }
+
+    /// The addresses of `out` and `ml`.
+    pub(super) fn checked(&self, op: &'static str, num_heads: usize, head_dim: usize) -> Result<[u64; 2], KernelError> {
+        Ok([
+            self.out.holding(op, "values of the partial results", self.num_slots * num_heads * head_dim, 4)?,
+            self.ml.holding(op, "weights of the partial results", self.num_slots * num_heads * 2, 4)?,
+        ])
+    }
+}
+
+/// The kernels' parameters (`attention_units.cuh`).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(super) struct DecodeParams {
+    out: u64,
+    qkv: u64,
+    k_cache: u64,
+    v_cache: u64,
+    units: u64,
+    num_units: u64,
+    block_table: u64,
+    partial_out: u64,
+    partial_ml: u64,
+    num_heads: u32,
+    num_kv_heads: u32,
+    head_dim: u32,
+    block_size: u32,
+    window: u32,
+    scale: f32,
+}
+
+impl DecodeOperands<'_> {
+    /// Query heads of a kv head.
+    pub(super) fn group(&self) -> usize {
+        self.params.num_heads / self.params.num_kv_heads.max(1)
+    }
+
+    /// Checks the shapes.
+    pub(super) fn checked(&self, op: &'static str, dtype: DType) -> Result<DecodeParams, KernelError> {
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window } = *self.params;
+        let size = dtype.size_bytes();
+        let group = self.group();
+        if group == 0 || group * num_kv_heads != num_heads {
+            return Err(KernelError::Shape { op, what: "query heads", wanted: num_kv_heads, found: num_heads });
+        }
+        if !matches!(self.block_size, 16 | 32 | 64 | 128) {
+            let what = format!("a block size of {}", self.block_size);
+            return Err(KernelError::Unsupported { op, what, backend: "cuda" });
+        }
+        let block_bytes = num_kv_heads * self.block_size * head_dim * size;
+        let num_blocks = self.k_cache.bytes() / block_bytes;
+        let [partial_out, partial_ml] = self.partials.checked(op, num_heads, head_dim)?;
+        Ok(DecodeParams {
+            out: self.out.holding(op, "values of the output", self.num_rows * num_heads * head_dim, size)?,
+            qkv: self.qkv.holding(
+                op,
+                "values of q, k and v",
+                self.num_rows * (num_heads + 2 * num_kv_heads) * head_dim,
+                size,
+            )?,
+            k_cache: self.k_cache.holding(op, "blocks of keys", num_blocks, block_bytes)?,
+            v_cache: self.v_cache.holding(op, "blocks of values", num_blocks, block_bytes)?,
+            units: self.units.holding(op, "units", 1, size_of::<DecodeUnit>())?,
+            num_units: self.num_units.holding(op, "number of units", 1, 4)?,
+            block_table: self.block_table.holding(op, "block table", 0, 4)?,
+            partial_out,
+            partial_ml,
+            num_heads: count_u32(op, "query heads", num_heads)?,
+            num_kv_heads: count_u32(op, "kv heads", num_kv_heads)?,
+            head_dim: count_u32(op, "head size", head_dim)?,
+            block_size: self.block_size as u32,
+            window: count_u32(op, "window", window.unwrap_or(0))?,
+            scale,
+        })
+    }
+}
