@@ -117,12 +117,7 @@ impl Rows {
     ///
     /// # Safety
     /// As for [`run_with`](Self::run_with).
-    pub(super) unsafe fn run(
-        &self,
-        device: &Arc<Device>,
-        operands: &Operands,
-        gated: bool,
-    ) -> Result<(), KernelError> {
+    pub(super) unsafe fn run(&self, device: &Arc<Device>, operands: &Operands, gated: bool) -> Result<(), KernelError> {
         let tile = tile_for(device.arch, device.num_sms, operands.m, operands.n * if gated { 2 } else { 1 });
         // SAFETY: the caller's promise.
         unsafe { self.run_with(device, operands, gated, tile) }
@@ -150,8 +145,7 @@ impl Rows {
             found: blocks,
         })?;
         let block = (32 * tile.row_warps * tile.k_warps) as u32;
-        let mut args =
-            Args::new().ptr(out).ptr(x).ptr(weight).ptr(bias_f32).i32(m as i32).i32(n as i32).i32(k as i32);
+        let mut args = Args::new().ptr(out).ptr(x).ptr(weight).ptr(bias_f32).i32(m as i32).i32(n as i32).i32(k as i32);
         // SAFETY: these are the kernel's parameters; the rest is the caller's promise.
         unsafe { kernel.launch(device, Launch { grid: [grid as u32, 1, 1], block, shared: 0 }, &mut args) }
     }
