@@ -22,7 +22,7 @@ use super::ops::rope::{RopeAndCache, RopeOperands, RopeSizes};
 use super::ops::sample::{CudaSampler, Logits};
 use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
-use super::step::StepBuffer;
+use super::step::{Steps, section};
 use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
@@ -42,22 +42,6 @@ pub struct CudaConfig {
 
 /// Rows of the largest step that is recorded.
 const MOST_RECORDED: usize = 512;
-
-/// The sections of a step's description.
-mod section {
-    pub(super) const NUM_UNITS: usize = 0;
-    pub(super) const IDS: usize = 1;
-    pub(super) const CARRIED: usize = 2;
-    pub(super) const LAST_IDS: usize = 3;
-    pub(super) const POSITIONS: usize = 4;
-    pub(super) const SLOTS: usize = 5;
-    pub(super) const LOGIT_ROWS: usize = 6;
-    pub(super) const UNITS: usize = 7;
-    pub(super) const SPLITS: usize = 8;
-    pub(super) const TILES: usize = 9;
-    pub(super) const BLOCK_TABLE: usize = 10;
-    pub(super) const COUNT: usize = 11;
-}
 
 /// Activations or logits, `[rows, cols]`, with room for a fixed number of rows.
 #[derive(Debug)]
@@ -128,8 +112,6 @@ enum Recorded {
 /// What is known of the step that was begun.
 #[derive(Debug, Default)]
 struct Current {
-    /// Whether it is one of decodes, in the buffer of these.
-    decodes: bool,
     /// With padding.
     rows: usize,
     num_logit_rows: usize,
@@ -155,9 +137,7 @@ pub struct CudaBackend {
     plan: AttentionPlan,
     max_slots: usize,
     current: Current,
-    /// The description of steps that may be recorded, and of others.
-    decode_step: StepBuffer<{ section::COUNT }>,
-    mixed_step: StepBuffer<{ section::COUNT }>,
+    steps: Steps,
     recorded: HashMap<RecordKey, Recorded>,
     recorded_generation: u64,
     rows: RowScratch,
@@ -205,19 +185,11 @@ impl CudaBackend {
             plan: AttentionPlan::default(),
             max_slots: 0,
             current: Current::default(),
-            decode_step: StepBuffer::new(device)?,
-            mixed_step: StepBuffer::new(device)?,
+            steps: Steps::new(device)?,
             recorded: HashMap::new(),
             recorded_generation: 0,
             rows: RowScratch::default(),
         })
-    }
-
-    /// The step's description, and where a section of it is.
-    fn section(&self, section: usize) -> Result<Span<'_>, KernelError> {
-        let step = if self.current.decodes { &self.decode_step } else { &self.mixed_step };
-        let (start, bytes) = step.section(section);
-        Span::part(step.buffer(), start, bytes)
     }
 
     fn check_attention(
@@ -420,7 +392,8 @@ impl Backend for CudaBackend {
         wanted[section::SPLITS] = size_of_val(&self.plan.splits[..]);
         wanted[section::TILES] = size_of_val(&self.plan.tiles[..]);
         wanted[section::BLOCK_TABLE] = size_of_val(&batch.block_table[..]);
-        let buffer = if decodes { &mut self.decode_step } else { &mut self.mixed_step };
+        self.steps.is_decode = decodes;
+        let buffer = if decodes { &mut self.steps.decode } else { &mut self.steps.mixed };
         buffer.reserve(&wanted)?;
         let plan = &self.plan;
         buffer.fill(|sections| {
@@ -439,11 +412,11 @@ impl Backend for CudaBackend {
             sections.put(section::BLOCK_TABLE, &batch.block_table);
         })?;
 
-        self.current = Current { decodes, rows, num_logit_rows: step.logit_rows.len(), key: None, recording: None };
+        self.current = Current { rows, num_logit_rows: step.logit_rows.len(), key: None, recording: None };
         if !decodes {
             return Ok(Issue::Operators);
         }
-        let generation = self.decode_step.generation() + self.attention.generation();
+        let generation = self.steps.decode.generation() + self.attention.generation();
         if generation != self.recorded_generation {
             self.recorded.clear();
             self.recorded_generation = generation;
@@ -477,7 +450,7 @@ impl Backend for CudaBackend {
 
     fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear) -> Result<(), KernelError> {
         out.resize("embed", self.current.rows, table.cols)?;
-        let [ids, carried, last] = [section::IDS, section::CARRIED, section::LAST_IDS].map(|of| self.section(of));
+        let [ids, carried, last] = [section::IDS, section::CARRIED, section::LAST_IDS].map(|of| self.steps.section(of));
         let sizes = [out.rows, out.cols];
         self.embed.run(&self.device, out.span(), (&table.weight).into(), [ids?, carried?, last?], sizes)
     }
@@ -557,8 +530,8 @@ impl Backend for CudaBackend {
         let operands = RopeOperands {
             qkv: qkv.span(),
             cache: cache.layer(layer)?,
-            positions: self.section(section::POSITIONS)?,
-            slots: self.section(section::SLOTS)?,
+            positions: self.steps.section(section::POSITIONS)?,
+            slots: self.steps.section(section::SLOTS)?,
             inv_freq: inv_freq.into(),
             rope_scale: rope.scale,
             pairs: rope.pairs,
@@ -593,11 +566,11 @@ impl Backend for CudaBackend {
             num_blocks: cache.spec.num_blocks,
             block_size: cache.spec.block_size,
             num_rows: qkv.rows,
-            units: self.section(section::UNITS)?,
-            num_units: self.section(section::NUM_UNITS)?,
-            splits: self.section(section::SPLITS)?,
-            tiles: self.section(section::TILES)?,
-            block_table: self.section(section::BLOCK_TABLE)?,
+            units: self.steps.section(section::UNITS)?,
+            num_units: self.steps.section(section::NUM_UNITS)?,
+            splits: self.steps.section(section::SPLITS)?,
+            tiles: self.steps.section(section::TILES)?,
+            block_table: self.steps.section(section::BLOCK_TABLE)?,
         };
         self.attention.run(&operands, params, &self.plan, self.max_slots)
     }
@@ -614,7 +587,7 @@ impl Backend for CudaBackend {
         let rows = self.current.num_logit_rows;
         out.resize(OP, rows, x.cols)?;
         check(OP, "rows of x", self.current.rows, x.rows)?;
-        self.gather.run(&self.device, out.span(), x.span(), self.section(section::LOGIT_ROWS)?, [rows, x.cols])
+        self.gather.run(&self.device, out.span(), x.span(), self.steps.section(section::LOGIT_ROWS)?, [rows, x.cols])
     }
 
     fn sample(&mut self, logits: &mut CudaTensor, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {

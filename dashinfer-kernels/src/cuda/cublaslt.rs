@@ -13,7 +13,7 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys as driver;
 
-use super::device::{Device, checked};
+use super::device::{Arch, Device, checked};
 use super::library;
 use super::memory::{Buffer, Event};
 use crate::{DType, KernelError};
@@ -66,14 +66,19 @@ unsafe impl Send for CublasLt {}
 // SAFETY: as above.
 unsafe impl Sync for CublasLt {}
 
+/// Bytes that the library works in.
+pub(super) fn workspace_bytes(arch: Arch) -> usize {
+    if arch.number() >= 90 { WORKSPACE_BYTES_SM90 } else { WORKSPACE_BYTES }
+}
+
 impl CublasLt {
     /// Opens the library.
     ///
     /// # Errors
     /// [`KernelError::Library`] if it is not there, [`KernelError::Device`] if it does not start.
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self, KernelError> {
-        library::open_cublaslt()?;
-        let bytes = if device.arch.number() >= 90 { WORKSPACE_BYTES_SM90 } else { WORKSPACE_BYTES };
+        library::open_cublaslt(Some(device.cuda))?;
+        let bytes = workspace_bytes(device.arch);
         let workspace = device.alloc("the workspace of cuBLASLt", bytes)?;
         let handle = result::create_handle().map_err(failed("cublasLtCreate"))?;
         Ok(Self { device: Arc::clone(device), handle, workspace, plans: Mutex::default() })

@@ -10,12 +10,51 @@ use bytemuck::NoUninit;
 
 use super::device::Device;
 use super::memory::{Buffer, Event, Pinned};
+use super::ops::operand::Span;
 use crate::KernelError;
 
 /// Sections start at multiples of this.
 const ALIGN: usize = 256;
 /// Copies that may be under way: of the step that runs, the one behind it, and the one that is being written.
 const COPIES: usize = 3;
+
+/// The sections of a step's description.
+pub(super) mod section {
+    pub(in crate::cuda) const NUM_UNITS: usize = 0;
+    pub(in crate::cuda) const IDS: usize = 1;
+    pub(in crate::cuda) const CARRIED: usize = 2;
+    pub(in crate::cuda) const LAST_IDS: usize = 3;
+    pub(in crate::cuda) const POSITIONS: usize = 4;
+    pub(in crate::cuda) const SLOTS: usize = 5;
+    pub(in crate::cuda) const LOGIT_ROWS: usize = 6;
+    pub(in crate::cuda) const UNITS: usize = 7;
+    pub(in crate::cuda) const SPLITS: usize = 8;
+    pub(in crate::cuda) const TILES: usize = 9;
+    pub(in crate::cuda) const BLOCK_TABLE: usize = 10;
+    pub(in crate::cuda) const COUNT: usize = 11;
+}
+
+/// Descriptions of steps that may be recorded, and of others: small, and as large as steps can be.
+#[derive(Debug)]
+pub(super) struct Steps {
+    pub(super) decode: StepBuffer<{ section::COUNT }>,
+    pub(super) mixed: StepBuffer<{ section::COUNT }>,
+    /// Which of them has the step that was begun.
+    pub(super) is_decode: bool,
+}
+
+impl Steps {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, KernelError> {
+        Ok(Self { decode: StepBuffer::new(device)?, mixed: StepBuffer::new(device)?, is_decode: false })
+    }
+
+    /// A section of the step that was begun.
+    pub(super) fn section(&self, section: usize) -> Result<Span<'_>, KernelError> {
+        let step = if self.is_decode { &self.decode } else { &self.mixed };
+        let (start, bytes) = step.section(section);
+        Span::part(step.buffer(), start, bytes)
+    }
+}
 
 /// A buffer of `N` sections.
 #[derive(Debug)]

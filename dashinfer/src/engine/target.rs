@@ -83,9 +83,14 @@ impl Target {
         match self {
             Self::Cpu => 0,
             Self::Cuda(device) => {
-                let attention = spec.attention;
-                let (heads, head_dim) = (attention.num_heads, attention.head_dim);
-                cuda::workspace_bytes(device, heads, head_dim, limits.max_tokens, spec.vocab_size)
+                let params = cuda::WorkspaceParams {
+                    num_heads: spec.attention.num_heads,
+                    num_kv_heads: spec.attention.num_kv_heads,
+                    head_dim: spec.attention.head_dim,
+                    max_logit_rows: limits.max_logit_rows,
+                    vocab_size: spec.vocab_size,
+                };
+                cuda::workspace_bytes(device, &params)
             }
         }
     }
@@ -142,7 +147,16 @@ mod cuda {
         rows * cols * dtype.size_bytes()
     }
 
-    pub(crate) fn workspace_bytes(device: &CudaDevice, _: usize, _: usize, _: usize, _: usize) -> u64 {
+    #[expect(dead_code, reason = "there is no device to ask for its workspace")]
+    pub(crate) struct WorkspaceParams {
+        pub(crate) num_heads: usize,
+        pub(crate) num_kv_heads: usize,
+        pub(crate) head_dim: usize,
+        pub(crate) max_logit_rows: usize,
+        pub(crate) vocab_size: usize,
+    }
+
+    pub(crate) fn workspace_bytes(device: &CudaDevice, _: &WorkspaceParams) -> u64 {
         match *device {}
     }
 }

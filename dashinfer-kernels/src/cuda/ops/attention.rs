@@ -77,6 +77,18 @@ struct Kernels {
     tiles: Tiles,
 }
 
+/// Partial results that there is room for, at most, whatever the kernels and the splitting.
+pub(crate) fn max_slots(device: &Device, num_kv_heads: usize) -> usize {
+    /// Blocks of a kernel that a multiprocessor may hold.
+    const BLOCKS: usize = 6;
+    let grid = device.num_sms as usize * BLOCKS;
+    let slots = |splitting| {
+        let params = PlanParams { grid, num_kv_heads, window: None, splitting, prefill_rows: None, max_slots: 0 };
+        params.slots_for(ROWS_AT_ONCE)
+    };
+    slots(Splitting::Balanced).max(slots(Splitting::ByContext))
+}
+
 /// The kernels of attention, and room for partial results.
 pub(crate) struct Attention {
     device: Arc<Device>,

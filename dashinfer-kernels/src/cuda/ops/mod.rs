@@ -14,6 +14,7 @@ pub(crate) mod linear;
 pub(crate) mod operand;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+pub(crate) mod sample;
 pub(crate) mod silu_mul;
 
 #[cfg(test)]
