@@ -3,7 +3,10 @@
 //! Nothing of CUDA is needed to build this: the driver, NVRTC and cuBLASLt are opened at run time, and a machine without them
 //! gets a typed error. Kernels are CUDA C++ (in `cuda/`), compiled for the very GPU at first use. `docs/cuda.md` tells more.
 
+mod arch;
 mod backend;
+mod cache;
+mod compiler;
 mod cublaslt;
 mod device;
 mod graph;
