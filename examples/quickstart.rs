@@ -7,16 +7,17 @@
 use std::io::Write;
 use std::num::NonZeroUsize;
 
-use dashinfer::{Engine, Request};
+use dashinfer::{Device, Engine, Request};
 use examples::{Args, BUNDLED_MODEL, Failure};
 use futures::StreamExt;
 
 const USAGE: &str = "\
 Goes on from a prompt, and shows the text as it is generated.
 
-quickstart [PROMPT] [--model FOLDER] [--max-tokens N] [--threads N]
+quickstart [PROMPT] [--model FOLDER] [--device D] [--max-tokens N] [--threads N]
 
   --model FOLDER   a Hugging Face checkpoint (default: the bundled model)
+  --device D       auto, cpu, cuda or cuda:N (default: a GPU if there is one and the feature `cuda`)
   --max-tokens N   stop after so many (default: 180)
   --threads N      threads that compute (default: one for each core)";
 
@@ -27,10 +28,11 @@ async fn main() -> Result<(), Failure> {
     let mut args = Args::from_env(USAGE);
     let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
     let max_tokens = args.option("--max-tokens")?.unwrap_or(180);
+    let device = args.option::<Device>("--device")?.unwrap_or_default();
     let threads = args.option::<NonZeroUsize>("--threads")?;
     let prompt = args.text()?.unwrap_or_else(|| PROMPT.to_owned());
 
-    let mut load = Engine::load(model);
+    let mut load = Engine::load(model).device(device);
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }
@@ -51,8 +53,11 @@ async fn main() -> Result<(), Failure> {
             let decoding = (usage.total - usage.time_to_first_token).as_secs_f64();
             let per_second = (usage.generated_tokens - 1) as f64 / decoding.max(f64::EPSILON);
             eprintln!(
-                "\n{} tokens after a prompt of {}: the first in {:.1?}, then {per_second:.0} tokens/s",
-                usage.generated_tokens, usage.prompt_tokens, usage.time_to_first_token,
+                "\n{}: {} tokens after a prompt of {}: the first in {:.1?}, then {per_second:.0} tokens/s",
+                engine.model().device,
+                usage.generated_tokens,
+                usage.prompt_tokens,
+                usage.time_to_first_token,
             );
         }
     }

@@ -301,10 +301,7 @@ impl Kernels {
         let copies = self.copies(bytes);
         let setup = |backend: &mut CpuBackend| {
             let mut logits = Rotation::new(copies, || tensor(backend, rows, VOCAB));
-            let row = |logits_row| {
-                let (prompt, generated, banned) = (&[], &[], &[]);
-                SampleRow { logits_row, params, position: 100, prompt, generated, banned, carried: None }
-            };
+            let row = |logits_row| SampleRow::new(logits_row, params, 100);
             let rows: Vec<_> = (0..rows).map(row).collect();
             move |backend: &mut CpuBackend| {
                 backend.sample(logits.next(), &rows).expect(FITS);

@@ -1,5 +1,8 @@
 //! What is measured, against what the machine allows.
 
+use std::error::Error;
+
+use dashinfer::Device;
 use dashinfer_kernels::cpu::Isa;
 
 use crate::machine;
@@ -29,6 +32,27 @@ impl Limits {
         let (bytes_per_second, flops_per_second) =
             (machine::read_bandwidth(threads), machine::peak_flops(threads, isa));
         Self { bytes_per_second, flops_per_second }
+    }
+
+    /// Measures a GPU: reading 4 GiB of its memory, and a product of bf16 matrices of 8192 rows and columns by cuBLASLt.
+    ///
+    /// # Errors
+    /// If there is no such GPU or this build cannot use it.
+    #[cfg(feature = "cuda")]
+    pub fn measure_cuda(device: Device) -> Result<Self, Box<dyn Error>> {
+        let ordinal = if let Device::Cuda(ordinal) = device { ordinal } else { 0 };
+        let device = dashinfer_kernels::cuda::CudaDevice::open(ordinal)?;
+        let (bytes_per_second, flops_per_second) = (device.read_bandwidth()?, device.matmul_flops()?);
+        Ok(Self { bytes_per_second, flops_per_second })
+    }
+
+    /// A GPU, which this build cannot use.
+    ///
+    /// # Errors
+    /// Always.
+    #[cfg(not(feature = "cuda"))]
+    pub fn measure_cuda(device: Device) -> Result<Self, Box<dyn Error>> {
+        Err(format!("{device}: build with `--features cuda` to measure a GPU").into())
     }
 
     /// The limit of work that moves `bytes` and does `flops` operations: whichever takes longer.

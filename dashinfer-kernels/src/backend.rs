@@ -241,6 +241,19 @@ pub trait Backend: Send + 'static {
     /// `out = x · weightᵀ + bias`. `x`: `[T, K]`; `weight`: `[N, K]`; `out`: `[T, N]`.
     fn linear(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Linear) -> Result<(), KernelError>;
 
+    /// `out[t, i] = silu(y[t, i]) · y[t, F + i]` with `y` = [`linear`](Self::linear)`(x, weight)`. `weight`: `[2 F, K]`, gate then
+    /// up; `out`: `[T, F]`; `scratch`: room for `[T, 2 F]`, left undefined.
+    fn gated_linear(
+        &mut self,
+        out: &mut Self::Tensor,
+        scratch: &mut Self::Tensor,
+        x: &Self::Tensor,
+        weight: &Self::Linear,
+    ) -> Result<(), KernelError> {
+        self.linear(scratch, x, weight)?;
+        self.silu_mul(out, scratch)
+    }
+
     /// Norms (optional) and rotates q and k in place, and puts k and v into the cache at each row's slot.
     /// `qkv`: `[T, (H + 2 K) · D]`, q then k then v. `rope`: index into the ropes of [`begin_step`](Self::begin_step).
     fn rope_and_cache(

@@ -58,6 +58,14 @@ pub enum KernelError {
         /// Its error, by name and in words.
         error: String,
     },
+    /// An archive of compiled kernels that cannot be used.
+    #[error("cannot use the kernels in {from}: {what}")]
+    Images {
+        /// The file, or that it is in memory.
+        from: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A kernel does not compile for the device.
     #[error("cannot compile {unit}: {log}")]
     Compile {

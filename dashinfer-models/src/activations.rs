@@ -1,6 +1,6 @@
 //! The tensors between operators: allocated once for the largest step, used again by every step.
 
-use dashinfer_kernels::{Backend, KernelError, TensorUse};
+use dashinfer_kernels::{Backend, DType, KernelError, TensorUse};
 
 use crate::ModelSpec;
 
@@ -35,13 +35,16 @@ impl Widths {
         }
     }
 
-    /// Bytes of all activations in f32.
-    pub(crate) fn bytes(&self, limits: StepLimits) -> u64 {
+    /// Bytes of all activations of type `dtype`, and of logits, which are f32.
+    pub(crate) fn bytes(&self, limits: StepLimits, dtype: DType) -> u64 {
         let token = 3 * self.hidden + self.qkv + self.heads + 3 * self.mlp;
-        let logit_row = self.hidden + self.heads + self.vocab;
-        let times = |rows: usize, cols: usize| (rows as u64).saturating_mul(cols as u64);
-        let values = times(limits.max_tokens, token).saturating_add(times(limits.max_logit_rows, logit_row));
-        values.saturating_mul(size_of::<f32>() as u64)
+        let picked = self.hidden + self.heads;
+        let times = |rows: usize, cols: usize, size: usize| {
+            (rows as u64).saturating_mul(cols as u64).saturating_mul(size as u64)
+        };
+        times(limits.max_tokens, token, dtype.size_bytes())
+            .saturating_add(times(limits.max_logit_rows, picked, dtype.size_bytes()))
+            .saturating_add(times(limits.max_logit_rows, self.vocab, size_of::<f32>()))
     }
 }
 

@@ -201,8 +201,7 @@ impl<B: Backend> Decoder<B> {
             if picked { (&x.picked_heads, &mut x.picked_residual) } else { (&x.heads, &mut x.residual) };
         backend.linear(&mut x.delta, heads, attention_out)?;
         backend.add_rms_norm(&mut x.normed, residual, &x.delta, mlp_norm, spec.norm_eps)?;
-        backend.linear(&mut x.gate_up, &x.normed, gate_up)?;
-        backend.silu_mul(&mut x.inner, &x.gate_up)?;
+        backend.gated_linear(&mut x.inner, &mut x.gate_up, &x.normed, gate_up)?;
         backend.linear(&mut x.delta, &x.inner, down)
     }
 

@@ -22,7 +22,7 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// Estimates a load of `source` as `spec`. `packed_bytes` is the backend's
+    /// Estimates a load of `source` as `spec`, with activations of type `compute`. `packed_bytes` is the backend's
     /// ([`Backend::packed_bytes`](dashinfer_kernels::Backend::packed_bytes)), or [`panel_bytes`] where there is none yet.
     ///
     /// # Errors
@@ -30,6 +30,7 @@ impl MemoryEstimate {
     pub fn new(
         spec: &ModelSpec,
         source: &dyn WeightSource,
+        compute: DType,
         kv_dtype: DType,
         limits: StepLimits,
         packed_bytes: &dyn Fn(usize, usize, DType) -> usize,
@@ -41,7 +42,7 @@ impl MemoryEstimate {
         Ok(Self {
             weight_bytes: sum.bytes,
             kv_bytes_per_token: spec.kv_cache(1, 1, kv_dtype).block_bytes() as u64,
-            activation_bytes: Widths::new(spec).bytes(limits),
+            activation_bytes: Widths::new(spec).bytes(limits, compute),
         })
     }
 }
@@ -94,7 +95,7 @@ mod tests {
         let spec = shapes::named("qwen2.5-0.5b").unwrap();
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
         let source = RandomWeights::new(&spec, 0);
-        let found = MemoryEstimate::new(&spec, &source, DType::BF16, limits, &panel_bytes).unwrap();
+        let found = MemoryEstimate::new(&spec, &source, DType::F32, DType::BF16, limits, &panel_bytes).unwrap();
         // 494,032,768 parameters in two bytes; the 49 norms and 24 biases take four.
         let in_f32 = 49 * 896 + 24 * (896 + 2 * 128);
         assert_eq!(found.weight_bytes, 494_032_768 * 2 + 2 * in_f32);
@@ -102,6 +103,10 @@ mod tests {
         let per_token = 3 * 896 + (896 + 256) + 896 + 2 * 4864 + 4864;
         let per_logit_row = 896 + 896 + 151_936;
         assert_eq!(found.activation_bytes, 4 * (512 * per_token + 8 * per_logit_row));
+        let halved = MemoryEstimate::new(&spec, &source, DType::F16, DType::BF16, limits, &panel_bytes).unwrap();
+        // Logits stay f32.
+        let wanted = 2 * (512 * per_token + 8 * (per_logit_row - 151_936)) + 4 * 8 * 151_936;
+        assert_eq!(halved.activation_bytes, wanted);
     }
 
     #[test]
@@ -114,7 +119,8 @@ mod tests {
     fn weights_of_another_model_have_no_estimate() {
         let (small, large) = (shapes::named("qwen2.5-0.5b").unwrap(), shapes::named("qwen2.5-1.5b").unwrap());
         let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
-        let found = MemoryEstimate::new(&large, &RandomWeights::new(&small, 0), DType::F32, limits, &panel_bytes);
+        let found =
+            MemoryEstimate::new(&large, &RandomWeights::new(&small, 0), DType::F32, DType::F32, limits, &panel_bytes);
         assert!(matches!(found, Err(WeightsError::Shape { .. })));
     }
 }

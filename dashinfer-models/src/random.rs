@@ -4,6 +4,8 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
+    num::NonZeroUsize,
+    sync::{Mutex, PoisonError},
 };
 
 use dashinfer_kernels::{DType, cpu::to_bytes};
@@ -14,6 +16,8 @@ use crate::{ModelSpec, StoredType, TensorInfo, WeightSource, weights::Plan};
 const DEVIATION: f32 = 0.02;
 /// Values in the table that weights are drawn from; a power of two, small enough for the first-level cache.
 const TABLE: usize = 1 << 12;
+/// Values that one thread makes in a row.
+const RUN: usize = 1 << 20;
 
 /// A source of weights which are made when they are read: normal-ish with a deviation of 0.02, norms near 1. The same seed
 /// gives the same weights, rounded to the type in question.
@@ -75,17 +79,31 @@ fn values<const SIZE: usize>(len: usize, mean: f32, seed: u64, dtype: DType) -> 
     let table = to_bytes(&table, dtype);
     let table: &[[u8; SIZE]; TABLE] =
         table.as_chunks().0.try_into().expect("it was made with this length, of elements of this size");
-    // Four values per random number: so making them costs little beside packing them.
-    let mut draw = || -> [[u8; SIZE]; 4] {
-        let bits = random.next();
-        std::array::from_fn(|i| table[(bits >> (16 * i)) as usize % TABLE])
-    };
     let mut bytes = vec![0; len * SIZE];
-    let (fours, rest) = bytes.as_chunks_mut::<SIZE>().0.as_chunks_mut::<4>();
-    for four in fours {
-        *four = draw();
-    }
-    rest.copy_from_slice(&draw()[..rest.len()]);
+    // Each run of values has a seed of its own, so that it does not matter which thread makes it.
+    let runs: Vec<_> = bytes.as_chunks_mut::<SIZE>().0.chunks_mut(RUN).map(|run| (run, random.next())).collect();
+    let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(runs.len());
+    let runs = Mutex::new(runs.into_iter());
+    let next = || runs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let fill = || {
+        while let Some((run, seed)) = next() {
+            let mut random = Xorshift::new(seed);
+            // Four values per random number: so making them costs little beside packing them.
+            let mut draw = || -> [[u8; SIZE]; 4] {
+                let bits = random.next();
+                std::array::from_fn(|i| table[(bits >> (16 * i)) as usize % TABLE])
+            };
+            let (fours, rest) = run.as_chunks_mut::<4>();
+            fours.iter_mut().for_each(|four| *four = draw());
+            rest.copy_from_slice(&draw()[..rest.len()]);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(fill);
+        }
+        fill();
+    });
     bytes
 }
 

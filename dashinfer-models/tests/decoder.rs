@@ -123,15 +123,7 @@ fn logits_can_be_sampled() {
     let mut cache = cache(&decoder);
     let mut logits = decoder.forward(&prompt(4, &[1, 3]), &mut cache).unwrap();
     let params = SampleParams::default();
-    let row = |logits_row| SampleRow {
-        logits_row,
-        params: &params,
-        position: 4,
-        prompt: &[],
-        generated: &[],
-        banned: &[],
-        carried: None,
-    };
+    let row = |logits_row| SampleRow::new(logits_row, &params, 4);
     let values = logits.read_row(1).unwrap();
     logits.sample(&[row(1)]).unwrap();
     assert!(matches!(logits.sample(&[row(2)]), Err(KernelError::Shape { .. })));

@@ -235,7 +235,7 @@ fn an_estimate_is_a_little_more_than_the_file() {
     for case in cases() {
         let spec = ModelSpec::read(&case.folder).unwrap();
         let checkpoint = Checkpoint::open(&case.folder).unwrap();
-        let estimate = MemoryEstimate::new(&spec, &checkpoint, DType::F32, limits, &panel_bytes).unwrap();
+        let estimate = MemoryEstimate::new(&spec, &checkpoint, DType::F32, DType::F32, limits, &panel_bytes).unwrap();
         let stored = checkpoint.data_bytes();
         // More, by norms and biases in f32 and rows padded to 16.
         assert!((stored..stored + stored / 10).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());

@@ -79,8 +79,8 @@ mod text;
 
 pub use dashinfer_kernels::cpu::Isa;
 pub use engine::{
-    Blocking, BlockingTokens, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load, LoadPhase,
-    ModelInfo, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,
+    Blocking, BlockingTokens, ComputeType, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load,
+    LoadPhase, ModelInfo, ParseSettingError, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,
 };
 pub use error::Error;
 pub use output::{Chunk, Completion, Finish, FinishReason, TokenLogprob, Usage};

@@ -13,7 +13,7 @@ use benches::arguments::{self, ArgumentError, Arguments};
 use benches::limits::{Limits, rate};
 use benches::rss;
 use benches::work::Work;
-use dashinfer::{Device, Engine, FinishReason, KvCacheType, Request, Source, TokenStream, WeightType};
+use dashinfer::{ComputeType, Device, Engine, FinishReason, KvCacheType, Request, Source, TokenStream, WeightType};
 use dashinfer_kernels::DType;
 use dashinfer_kernels::cpu::Isa;
 use dashinfer_models::{Checkpoint, ModelSpec, StoredType, WeightSource, shapes};
@@ -29,7 +29,9 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --shape NAME          a published shape, filled with random weights in memory (qwen2.5-0.5b, ..)
   --weights TYPE        f32, f16 or bf16; of a shape (default: bf16)
   --model FOLDER        a checkpoint instead of a shape
-  --device NAME         cpu (default)
+  --device NAME         cpu (default), cuda or cuda:N
+  --compute TYPE        auto, f32, f16 or bf16: the type of activations (default: auto)
+  --deterministic       results that do not depend on the batch (the CPU's never do)
   --threads N           threads that compute (default: one for each core)
   --prefill BxL,..      for each, the time of B prompts of L tokens with one token out; best of 3
   --decode B,..         for each, the time of B prompts of 128 tokens with 136 tokens out, less that with 8 out;
@@ -96,6 +98,9 @@ enum Model {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Options {
     model: Model,
+    device: Device,
+    compute: ComputeType,
+    deterministic: bool,
     threads: NonZeroUsize,
     prefill: Vec<Prompts>,
     decode: Vec<NonZeroUsize>,
@@ -121,10 +126,6 @@ impl Options {
             (None, Some(folder)) => Model::Folder(folder),
             _ => return wrong("one of --shape and --model is wanted"),
         };
-        match args.value::<String>("--device")?.as_deref() {
-            None | Some("cpu") => {}
-            Some(other) => return wrong(&format!("--device {other}: known is cpu")),
-        }
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let context = [args.value("--decode-context")?, args.value("--context")?];
         if let [Some(_), Some(_)] = context {
@@ -133,6 +134,9 @@ impl Options {
         const USUAL: NonZeroUsize = NonZeroUsize::new(128).expect("it is not 0");
         let mut options = Self {
             model,
+            device: args.value("--device")?.unwrap_or(Device::Cpu),
+            compute: args.value("--compute")?.unwrap_or_default(),
+            deterministic: args.flag("--deterministic"),
             threads: args.value("--threads")?.unwrap_or_else(cores),
             prefill: args.list("--prefill")?.unwrap_or_default(),
             decode: args.list("--decode")?.unwrap_or_default(),
@@ -190,7 +194,10 @@ struct Measured {
 impl Bench {
     fn new(options: Options) -> Result<Self, Box<dyn Error>> {
         let threads = options.threads.get();
-        let limits = Limits::measure(threads, options.isa);
+        let limits = match options.device {
+            Device::Cpu => Limits::measure(threads, options.isa),
+            _ => Limits::measure_cuda(options.device)?,
+        };
         // What was just measured took more memory than a small model does.
         rss::reset_peak();
 
@@ -198,15 +205,19 @@ impl Bench {
         let (source, spec, dtype) = open(&options.model)?;
         let max_batch = options.sequences().map(|(batch, _)| batch).max().unwrap_or(1);
         let max_context = options.sequences().map(|(_, tokens)| tokens).max().unwrap_or(1);
-        let step_tokens = options.step_tokens.map_or(512, NonZeroUsize::get).max(max_batch);
         let mut load = Engine::load(source)
-            .device(Device::Cpu)
+            .device(options.device)
+            .compute(options.compute)
+            .deterministic(options.deterministic)
             .isa(options.isa)
             .threads(threads)
             .prefix_cache(false)
             .max_batch(max_batch)
-            .max_context(max_context)
-            .max_step_tokens(step_tokens);
+            .max_context(max_context);
+        let usual = if options.device == Device::Cpu { Some(512.max(max_batch)) } else { None };
+        if let Some(step_tokens) = options.step_tokens.map(|tokens| tokens.get().max(max_batch)).or(usual) {
+            load = load.max_step_tokens(step_tokens);
+        }
         if let Some(dtype) = options.kv_cache {
             load = load.kv_cache(match dtype {
                 DType::F32 => KvCacheType::F32,
@@ -235,11 +246,14 @@ impl Bench {
             self.options.threads,
             load_time.as_secs_f64()
         );
+        let what = match self.options.device {
+            Device::Cpu => format!("f32 multiply-adds ({:?})", self.options.isa),
+            _ => "a product of bf16 matrices".to_owned(),
+        };
         println!(
-            "limits: {:.1} GB/s read, {:.1} GFLOP/s of f32 multiply-adds ({:?})\n",
+            "limits: {:.1} GB/s read, {:.1} GFLOP/s of {what}\n",
             self.limits.bytes_per_second / 1e9,
             self.limits.flops_per_second / 1e9,
-            self.options.isa
         );
     }
 
@@ -353,6 +367,7 @@ impl Bench {
                 "flops_per_second": flops / seconds,
                 "limit": limit.name(),
                 "isa": self.options.isa.name(),
+                "deterministic": self.options.deterministic,
                 "fraction_of_limit": fraction,
                 "machine_bytes_per_second": self.limits.bytes_per_second,
                 "machine_flops_per_second": self.limits.flops_per_second,
@@ -445,7 +460,7 @@ mod tests {
         check("--shape a --model b", "one of --shape and --model is wanted");
         check("--shape gpt-2", "--shape gpt-2: known are qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b");
         check("--model b --weights f16", "--weights is for a --shape; a --model has its own");
-        check("--model b --device tpu", "--device tpu: known is cpu");
+        check("--model b --device tpu", "--device tpu: known are auto, cpu, cuda and cuda:N");
         check("--model b --weights int3", "--weights int3: known are f32, f16 and bf16");
         check("--model b --prefill 256", "--prefill 256: in `256`: wanted is BxL, such as 1x256");
         check("--model b --decode 0", "--decode 0: in `0`: number would be zero for non-zero type");

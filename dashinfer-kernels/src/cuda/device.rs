@@ -7,41 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
+pub(crate) use super::arch::Arch;
+use super::compiler::{Compiler, KernelSettings};
 use super::kernel::{Kernel, Module};
+use super::library::{self, Places};
 use super::memory::Buffer;
 use super::units::Unit;
-use super::{library, nvrtc};
 use crate::KernelError;
-
-/// A GPU's compute capability.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Arch {
-    /// 9 of 9.0.
-    pub major: u32,
-    /// 0 of 9.0.
-    pub minor: u32,
-}
-
-impl Arch {
-    /// As a number: 90 for 9.0.
-    #[must_use]
-    pub const fn number(self) -> u32 {
-        10 * self.major + self.minor
-    }
-
-    /// What the compiler calls it: with the instructions of this very architecture where there are any.
-    #[must_use]
-    pub fn target(self) -> String {
-        let specific = if matches!(self.number(), 90 | 100 | 103) { "a" } else { "" };
-        format!("sm_{}{specific}", self.number())
-    }
-}
-
-impl fmt::Display for Arch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.major, self.minor)
-    }
-}
 
 /// `Ok` for success.
 pub(crate) fn checked(call: &'static str, result: CUresult) -> Result<(), KernelError> {
@@ -78,6 +50,14 @@ pub fn num_devices() -> Result<usize, KernelError> {
     Ok(count.max(0) as usize)
 }
 
+/// The major version of CUDA that the driver is for.
+fn newest_cuda() -> Result<u32, KernelError> {
+    let mut version = 0; // 13020 for 13.2
+    // SAFETY: the driver is open.
+    checked("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
+    Ok((version / 1000).max(0) as u32)
+}
+
 /// A GPU in use: its primary context, retained, and one stream. Buffers and kernels keep it alive.
 pub(crate) struct Device {
     device: sys::CUdevice,
@@ -89,8 +69,11 @@ pub(crate) struct Device {
     pub(crate) num_sms: u32,
     /// Bytes of shared memory that a block may ask for.
     pub(crate) max_shared: u32,
+    /// The newest major version of CUDA whose code and libraries the driver takes.
+    pub(crate) cuda: u32,
     /// The name that the driver gives.
     pub(crate) name: String,
+    compiler: Compiler,
     modules: Mutex<HashMap<(&'static str, String), Arc<Module>>>,
 }
 
@@ -102,11 +85,17 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Takes GPU number `ordinal` into use, and makes it current on this thread.
     pub(crate) fn new(ordinal: usize) -> Result<Arc<Self>, KernelError> {
+        Self::with(ordinal, &KernelSettings::default())
+    }
+
+    /// As [`new`](Self::new), with kernels from elsewhere.
+    pub(crate) fn with(ordinal: usize, kernels: &KernelSettings) -> Result<Arc<Self>, KernelError> {
         let count = num_devices()?;
         if ordinal >= count {
             let found = format!("{count} CUDA devices");
             return Err(KernelError::NoDevice { wanted: format!("CUDA device {ordinal}"), found });
         }
+        let cuda = newest_cuda()?;
         let (mut device, mut context, mut stream) = (0, std::ptr::null_mut(), std::ptr::null_mut());
         let mut name = [0; 128];
         // SAFETY: the driver is open and initialized; every out-pointer is valid for the call.
@@ -146,7 +135,8 @@ impl Device {
         // SAFETY: the driver ended the name within the array, whose last byte it was not given.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         let (arch, modules) = (Arch { major, minor }, Mutex::default());
-        Ok(Arc::new(Self { device, context, stream, arch, num_sms, max_shared, name, modules }))
+        let compiler = Compiler::new(arch, kernels, Places::of_this_process(), Some(cuda)).map_err(release)?;
+        Ok(Arc::new(Self { device, context, stream, arch, num_sms, max_shared, cuda, name, compiler, modules }))
     }
 
     /// Makes the GPU current on this thread: each thread does so before its first call.
@@ -194,7 +184,11 @@ impl Device {
         let module = match modules.get(&key) {
             Some(module) => Arc::clone(module),
             None => {
-                let image = nvrtc::compile(unit, options, self.arch)?;
+                #[cfg(test)]
+                if !super::units::is_listed(unit, self.arch, options) {
+                    eprintln!("not listed in units.rs: {} {}", unit.name, options.join(" "));
+                }
+                let image = self.compiler.machine_code(unit, options)?;
                 self.bind()?;
                 let module = Arc::new(Module::load(&image)?);
                 modules.insert(key, Arc::clone(&module));
@@ -239,13 +233,6 @@ pub(crate) fn test_device() -> Option<Arc<Device>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn targets_have_their_architecture_s_own_instructions_where_there_are_any() {
-        let target = |major, minor| Arch { major, minor }.target();
-        assert_eq!([target(7, 0), target(8, 9), target(9, 0)], ["sm_70", "sm_89", "sm_90a"]);
-        assert_eq!([target(10, 0), target(10, 3), target(12, 0)], ["sm_100a", "sm_103a", "sm_120"]);
-    }
 
     #[test]
     fn a_device_that_is_not_there_is_a_typed_error() {

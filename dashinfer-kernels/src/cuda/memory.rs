@@ -125,6 +125,11 @@ impl Pinned {
         }
     }
 
+    /// Its address, at which kernels can read and write too.
+    pub(crate) fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
     pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: it has so many bytes, all initialized.
         unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }

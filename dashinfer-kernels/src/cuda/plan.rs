@@ -105,7 +105,7 @@ pub(crate) struct PlanParams {
     pub(crate) splitting: Splitting,
     /// Rows of the prefill kernel's tile. Without one, rows of prompts are units like all others.
     pub(crate) prefill_rows: Option<usize>,
-    /// Partial results that there is room for: as many as the most splits of one row, [`MAX_SPLITS`], or more.
+    /// Partial results that there is room for; at least [`MAX_SPLITS`].
     pub(crate) max_slots: usize,
 }
 
@@ -202,7 +202,7 @@ impl AttentionPlan {
         self.split_rows(params, padded_rows);
     }
 
-    /// Whether a row's output is to be combined.
+    /// Whether a row has several units, so that there is something to combine.
     pub(crate) fn is_split(&self) -> bool {
         self.splits.iter().any(|row| row.num_splits > 1)
     }
@@ -352,7 +352,7 @@ mod tests {
     fn short_rows_stay_whole() {
         let plan = plan(&[(1, 256), (1, 300), (1, 511)], &H200, None);
         assert_eq!(lens(&plan), [511, 300, 256]);
-        assert!(plan.splits.is_empty() && !plan.is_split());
+        assert!(plan.splits.is_empty());
     }
 
     #[test]
@@ -392,7 +392,6 @@ mod tests {
     #[test]
     fn a_padded_step_has_the_shape_of_its_bucket() {
         let plan = plan(&[(1, 100), (1, 1000)], &H200, Some(4));
-        assert!(plan.is_split());
         assert_eq!(plan.splits.len(), 4);
         assert_eq!(plan.splits.iter().filter(|row| row.num_splits > 1).count(), 1);
         let padding: Vec<_> = plan.units.iter().filter(|unit| unit.begin == unit.end).collect();

@@ -1,18 +1,213 @@
-//! Every source file of device code, with the variants that can be asked for.
+//! Every file of device code, with every way in which it is compiled.
+//!
+//! A file is compiled once for each element type and each list of macros that a launcher can ask for. They are all in one
+//! table, made of the functions and lists that the launchers themselves choose from, so that the check of all kernels and the
+//! builder of images (`cargo xtask kernels`) compile what will be asked for.
 
-/// A source file of device code.
+use super::arch::Arch;
+use super::ops;
+use crate::DType;
+
+/// A file of device code.
 #[derive(Debug)]
-pub(crate) struct Unit {
-    /// The file in `cuda/`.
-    pub(crate) name: &'static str,
+pub struct Unit {
+    /// The file's name in `cuda/`: `rms_norm.cu`.
+    pub name: &'static str,
     /// Its text.
-    pub(crate) source: &'static str,
+    pub source: &'static str,
 }
 
-/// The headers that units include, by name.
+/// What a file is compiled for.
+#[derive(Debug)]
+pub struct Listed {
+    /// The file.
+    pub unit: &'static Unit,
+    /// The architectures that it is for.
+    pub archs: Archs,
+    /// The element types: each is a compilation with `-DDASH_TYPE=bf16` and the like.
+    pub types: &'static [DType],
+    /// The macros of each variant for an architecture, beside the element type.
+    pub variants: fn(Arch) -> Vec<Vec<String>>,
+}
+
+/// A range of architectures, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Archs {
+    /// The oldest.
+    pub from: Arch,
+    /// The newest.
+    pub to: Arch,
+}
+
+impl Archs {
+    /// All that are supported.
+    pub const ALL: Self = Self::since(Arch::SM70);
+    /// Before `mma.sync` of bf16 and asynchronous copies.
+    pub const BEFORE_SM80: Self = Self { from: Arch::SM70, to: Arch::new(7, 9) };
+    /// With `mma.sync` of bf16 and asynchronous copies.
+    pub const SINCE_SM80: Self = Self::since(Arch::SM80);
+    /// Hopper alone: code with `wgmma` runs on no other.
+    pub const SM90: Self = Self { from: Arch::SM90, to: Arch::SM90 };
+
+    /// This one and all after it.
+    pub const fn since(from: Arch) -> Self {
+        Self { from, to: Arch::new(99, 9) }
+    }
+
+    /// Whether it is one of them.
+    pub fn contains(self, arch: Arch) -> bool {
+        self.from <= arch && arch <= self.to
+    }
+}
+
+impl Listed {
+    /// The options of every compilation for an architecture: each element type with each variant.
+    #[must_use]
+    pub fn compilations(&self, arch: Arch) -> Vec<Vec<String>> {
+        if !self.archs.contains(arch) {
+            return Vec::new();
+        }
+        let variants = (self.variants)(arch);
+        let with = |dtype, variant: &[String]| [&[type_option(dtype)], variant].concat();
+        self.types.iter().flat_map(|&dtype| variants.iter().map(move |variant| with(dtype, variant))).collect()
+    }
+}
+
+/// The macro that makes an element type `T`.
+fn type_option(dtype: DType) -> String {
+    format!("-DDASH_TYPE={dtype}")
+}
+
+/// Whether a compilation, with its options in any order, is in the table.
+pub(crate) fn is_listed(unit: &Unit, arch: Arch, options: &[&str]) -> bool {
+    let wanted = sorted(options);
+    let listed = UNITS.iter().filter(|listed| listed.unit.name == unit.name);
+    listed.flat_map(|listed| listed.compilations(arch)).any(|options| sorted(&options) == wanted)
+}
+
+fn sorted<S: AsRef<str>>(options: &[S]) -> Vec<&str> {
+    let mut options: Vec<&str> = options.iter().map(AsRef::as_ref).collect();
+    options.sort_unstable();
+    options
+}
+
+/// What the files include, by the name that they include it under. The compiler gets the texts: a machine that runs kernels
+/// has no copy of the files.
 pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
 ];
+
+const ALL_TYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+/// What tensor cores take.
+const HALVES: &[DType] = &[DType::F16, DType::BF16];
+
+/// Every file of device code.
+pub static UNITS: &[Listed] = &[
+    Listed {
+        unit: &ops::attention_prefill_sm80::UNIT,
+        archs: Archs::SINCE_SM80,
+        types: HALVES,
+        variants: |arch| {
+            let head_dims = ops::attention_prefill_sm80::HEAD_DIMS;
+            head_dims.map(|head_dim| ops::attention_prefill_sm80::options(arch, head_dim).to_vec()).to_vec()
+        },
+    },
+    Listed {
+        unit: &ops::attention_prefill_sm90::UNIT,
+        archs: Archs::SM90,
+        types: HALVES,
+        variants: |_| {
+            let of = |head_dim| vec![format!("-DHEAD_DIM={head_dim}"), "-DTAKE_TURNS=1".to_string()];
+            [64, 80, 96, 128, 192, 256].map(of).to_vec()
+        },
+    },
+    Listed { unit: &ops::convert::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::gather_rows::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::rms_norm::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::rope::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::silu_mul::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+];
+
+/// No macros but the element type.
+fn one(_: Arch) -> Vec<Vec<String>> {
+    vec![Vec::new()]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn every_file_is_listed_once() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+        let Ok(entries) = fs::read_dir(folder) else { return println!("skipped: the sources are not here") };
+        let files: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let with = |ending: &str| files.iter().filter(|f| f.ends_with(ending)).cloned().collect::<BTreeSet<_>>();
+        let units: BTreeSet<_> = UNITS.iter().map(|listed| listed.unit.name.to_string()).collect();
+        let headers: BTreeSet<_> = HEADERS.iter().map(|(name, _)| name.to_string()).collect();
+        assert_eq!(units, with(".cu"));
+        assert_eq!(headers, with(".cuh"));
+        assert_eq!(units.len(), UNITS.len());
+    }
+
+    #[test]
+    fn no_compilation_is_listed_twice() {
+        let archs = [Arch::SM70, Arch::SM75, Arch::SM80, Arch::SM86, Arch::SM90, Arch::SM100, Arch::SM120];
+        for listed in UNITS {
+            let mut num_compilations = 0;
+            for arch in archs {
+                let all = listed.compilations(arch);
+                let once: BTreeSet<_> = all.iter().map(|options| sorted(options)).collect();
+                assert_eq!(once.len(), all.len(), "{} for {}", listed.unit.name, arch.target());
+                num_compilations += all.len();
+            }
+            assert!(num_compilations > 0, "{} is never compiled", listed.unit.name);
+        }
+    }
+
+    #[test]
+    fn compilations_are_types_times_variants() {
+        static UNIT: Unit = Unit { name: "some.cu", source: "" };
+        let listed = Listed {
+            unit: &UNIT,
+            archs: Archs::SINCE_SM80,
+            types: HALVES,
+            variants: |arch| {
+                [64, 128].map(|d| vec![format!("-DHEAD_DIM={d}"), format!("-DSM={}", arch.major)]).to_vec()
+            },
+        };
+        let all: Vec<_> = listed.compilations(Arch::SM90).iter().map(|options| options.join(" ")).collect();
+        let wanted = [
+            "-DDASH_TYPE=f16 -DHEAD_DIM=64 -DSM=9",
+            "-DDASH_TYPE=f16 -DHEAD_DIM=128 -DSM=9",
+            "-DDASH_TYPE=bf16 -DHEAD_DIM=64 -DSM=9",
+            "-DDASH_TYPE=bf16 -DHEAD_DIM=128 -DSM=9",
+        ];
+        assert_eq!(all, wanted);
+        assert!(listed.compilations(Arch::SM75).is_empty());
+    }
+
+    #[test]
+    fn options_are_listed_in_any_order() {
+        let unit = &ops::attention_prefill_sm90::UNIT;
+        let options = ["-DTAKE_TURNS=1", "-DDASH_TYPE=f16", "-DHEAD_DIM=96"];
+        assert!(is_listed(unit, Arch::SM90, &options));
+        assert!(!is_listed(unit, Arch::SM80, &options) && !is_listed(unit, Arch::SM90, &options[1..]));
+    }
+
+    #[test]
+    fn archs_are_ranges() {
+        assert!(Archs::SINCE_SM80.contains(Arch::SM80) && Archs::SINCE_SM80.contains(Arch::SM120));
+        assert!(!Archs::SINCE_SM80.contains(Arch::SM75));
+        assert!(Archs::SM90.contains(Arch::SM90) && !Archs::SM90.contains(Arch::SM100));
+        assert!(Archs::BEFORE_SM80.contains(Arch::SM75) && !Archs::BEFORE_SM80.contains(Arch::SM80));
+    }
+}

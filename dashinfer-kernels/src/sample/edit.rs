@@ -1,12 +1,12 @@
-//! The changes to a row of logits that come before the choice: bias, penalties, bans.
+//! The changes to a row of logits that come before the choice: bias, penalties, bans, the tokens allowed.
 
 use super::SampleRow;
 
-/// Applies, in this order: logit bias, repetition penalty, frequency penalty, presence penalty, bans. Only the logits
-/// of tokens that these name are touched.
+/// Applies, in this order: logit bias, repetition penalty, frequency penalty, presence penalty, bans and what is not
+/// allowed. Only the logits of tokens that these name are touched.
 ///
-/// `seen`: one entry per logit, all 0, and 0 again afterwards. The cost is that of the lists, not of the vocabulary.
-/// Ids beyond the row are ignored.
+/// `seen`: one entry per logit, all 0, and 0 again afterwards. The cost is that of the lists, not of the vocabulary
+/// (but for `allowed`, which speaks of all of it). Ids beyond the row are ignored.
 pub(super) fn edit(logits: &mut [f32], row: &SampleRow<'_>, seen: &mut Vec<u32>) {
     let params = row.params;
     for &(id, bias) in &params.logit_bias {
@@ -42,6 +42,20 @@ pub(super) fn edit(logits: &mut [f32], row: &SampleRow<'_>, seen: &mut Vec<u32>)
             *logit = f32::NEG_INFINITY;
         }
     }
+    if let Some(mask) = row.allowed {
+        allow(logits, mask);
+    }
+}
+
+/// Bans all tokens but those whose bits are set.
+fn allow(logits: &mut [f32], mask: &[u32]) {
+    for (logits, &word) in logits.chunks_mut(32).zip(mask.iter().chain(std::iter::repeat(&0))) {
+        if word != u32::MAX {
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+            }
+        }
+    }
 }
 
 /// The repetition penalty, once for each token of the prompt or the output.
@@ -68,7 +82,7 @@ mod tests {
     use crate::SampleParams;
 
     fn check(params: SampleParams, prompt: &[u32], generated: &[u32], banned: &[u32], expected: [f32; 4]) {
-        let row = SampleRow { logits_row: 0, params: &params, position: 9, prompt, generated, banned, carried: None };
+        let row = SampleRow { prompt, generated, banned, ..SampleRow::new(0, &params, 9) };
         let (mut logits, mut seen) = ([4.0, -4.0, 2.0, 0.0], Vec::new());
         edit(&mut logits, &row, &mut seen);
         assert_eq!(logits, expected, "{params:?}");
@@ -116,6 +130,18 @@ mod tests {
     }
 
     #[test]
+    fn the_mask_comes_after_the_penalties() {
+        // A negative penalty turns -∞ around: the token must stay out of reach.
+        let params =
+            SampleParams { repetition_penalty: -1.0, logit_bias: vec![(1, f32::INFINITY)], ..Default::default() };
+        let row = SampleRow { prompt: &[0, 2], allowed: Some(&[0b0100]), ..SampleRow::new(0, &params, 0) };
+        let mut logits = [-4.0, 1.0, 2.0, 0.0];
+        edit(&mut logits, &row, &mut Vec::new());
+        let none = f32::NEG_INFINITY;
+        assert_eq!(logits, [none, none, -2.0, none]);
+    }
+
+    #[test]
     fn ids_beyond_the_row_are_ignored() {
         let params = SampleParams {
             logit_bias: vec![(4, 1.0), (u32::MAX, 1.0)],
@@ -132,15 +158,7 @@ mod tests {
         let mut seen = Vec::new();
         for len in [3, 8, 2] {
             let generated = [1, 7];
-            let row = SampleRow {
-                logits_row: 0,
-                params: &params,
-                position: 0,
-                prompt: &[],
-                generated: &generated,
-                banned: &[],
-                carried: None,
-            };
+            let row = SampleRow { generated: &generated, ..SampleRow::new(0, &params, 0) };
             let mut logits = vec![0.0; len];
             edit(&mut logits, &row, &mut seen);
             let expected: Vec<f32> = (0..len).map(|i| if i == 1 || i == 7 { -1.0 } else { 0.0 }).collect();

@@ -10,6 +10,8 @@ mod filter;
 mod philox;
 mod softmax;
 
+#[cfg(feature = "cuda")]
+pub(crate) use philox::uniform;
 use softmax::Softmax;
 
 /// How a request picks its tokens. The default is greedy.
@@ -75,9 +77,27 @@ pub struct SampleRow<'a> {
     pub generated: &'a [u32],
     /// Tokens that must not be picked (end tokens before `min_tokens`).
     pub banned: &'a [u32],
+    /// The only tokens that may be picked (what a grammar allows): bit `i % 32` of word `i / 32` is set for token `i`, and
+    /// tokens beyond its end may not. `None` allows all; bans hold besides.
+    pub allowed: Option<&'a [u32]>,
     /// With `Some(i)`, one more token follows `generated`, which the host does not know yet: the one that was sampled for row
-    /// `i` of the sampling before this one. Only a backend with a [depth](crate::Backend::depth) above 0 is given such rows.
+    /// `i` of the sampling before this one. Only a backend with a [depth](crate::Backend::depth) above 0 is given such rows;
+    /// [`sample_row`] has nowhere to look and ignores it.
     pub carried: Option<u32>,
+}
+
+impl<'a> SampleRow<'a> {
+    /// A row without history, which may pick any token.
+    #[must_use]
+    pub const fn new(logits_row: usize, params: &'a SampleParams, position: u64) -> Self {
+        Self { logits_row, params, position, prompt: &[], generated: &[], banned: &[], allowed: None, carried: None }
+    }
+
+    /// Whether neither `banned` nor `allowed` is against this token.
+    fn may_pick(&self, id: u32) -> bool {
+        let allowed = |mask: &[u32]| mask.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
+        self.allowed.is_none_or(allowed) && !self.banned.contains(&id)
+    }
 }
 
 /// A sampled token. Log-probabilities are those of the model: of the logits before penalties, bias and temperature.
@@ -117,16 +137,16 @@ impl SampleScratch {
 /// Picks a token from `logits`, the row that `row` speaks of: `[V]`. The steps, in this order:
 ///
 /// 1. Log-probabilities, if asked for: those of the logits as they came.
-/// 2. Logit bias, repetition penalty, frequency penalty, presence penalty (vLLM's order), and the bans last, so that
-///    nothing undoes them. Only the logits that these name are overwritten.
+/// 2. Logit bias, repetition penalty, frequency penalty, presence penalty (vLLM's order), and last the bans and what
+///    is not among the allowed, so that nothing undoes them. Only the logits that these name are overwritten.
 /// 3. A greedy request takes the largest logit, the lowest id of a tie.
 /// 4. Temperature, then top-k, then top-p on what top-k left, then min-p. (transformers and SGLang have this order;
 ///    vLLM has min-p before top-p, which differs if both are set.) Each filter is a threshold: what ties with the last
 ///    token kept is kept too.
 /// 5. One number in `0.0..1.0`, a function of seed and position, picks from the kept tokens in the order of their ids.
 ///
-/// `NaN` is never picked, and +∞ counts as `f32::MAX`. If no logit is above -∞, the lowest id that is not banned is
-/// picked, or 0 if there is none. The result depends on `logits` and `row` alone.
+/// `NaN` is never picked, and +∞ counts as `f32::MAX`. If no logit is above -∞, the lowest id that is allowed and
+/// not banned is picked, or 0 if there is none. The result depends on `logits` and `row` alone.
 pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut SampleScratch) -> Sampled {
     let params = row.params;
     let model = params.logprobs.map(|num_top| {
@@ -137,7 +157,7 @@ pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut SampleS
     edit::edit(logits, row, &mut scratch.seen);
     let greedy = params.temperature.is_nan() || params.temperature <= 0.0 || params.top_k.is_some_and(|k| k.get() == 1);
     let id = match softmax::argmax(logits) {
-        None => (0..logits.len() as u32).find(|id| !row.banned.contains(id)).unwrap_or(0),
+        None => (0..logits.len() as u32).find(|&id| row.may_pick(id)).unwrap_or(0),
         Some(best) if greedy => best as u32,
         Some(best) => {
             let u = philox::uniform(params.seed, row.position);
@@ -184,15 +204,8 @@ mod tests {
     use super::*;
     use std::num::NonZeroU32;
 
-    const NO_ROW: SampleRow<'static> = SampleRow {
-        logits_row: 0,
-        params: &GREEDY,
-        position: 0,
-        prompt: &[],
-        generated: &[],
-        banned: &[],
-        carried: None,
-    };
+    static NO_PARAMS: SampleParams = SampleParams::GREEDY;
+    const NO_ROW: SampleRow<'static> = SampleRow::new(0, &NO_PARAMS, 0);
     const GREEDY: SampleParams = SampleParams::GREEDY;
 
     fn sampled(logits: &[f32], row: SampleRow<'_>) -> Sampled {
@@ -252,6 +265,27 @@ mod tests {
             assert!(matches!(sampled(&[9.0, 0.0, 9.0, 0.0], row).id, 1 | 3));
         }
         assert_eq!(sampled(&[1.0, 5.0, 4.0], SampleRow { banned: &[1], ..NO_ROW }).id, 2);
+    }
+
+    #[test]
+    fn only_allowed_tokens_are_picked() {
+        let hot = SampleParams { temperature: 5.0, logit_bias: vec![(2, 100.0)], ..GREEDY };
+        let logits: Vec<f32> = (0..70).map(|i| i as f32).collect();
+        let mask = [1 << 3 | 1 << 7, 0, 1 << 1];
+        for position in 0..500 {
+            let row = SampleRow { params: &hot, position, banned: &[7], allowed: Some(&mask), ..NO_ROW };
+            assert!(matches!(sampled(&logits, row).id, 3 | 65));
+        }
+        let greedy = |allowed: &[u32], banned: &[u32]| {
+            sampled(&logits, SampleRow { allowed: Some(allowed), banned, ..NO_ROW }).id
+        };
+        assert_eq!(greedy(&mask, &[]), 65);
+        assert_eq!(greedy(&mask[..1], &[]), 7, "what lies beyond the mask is not allowed");
+        assert_eq!(greedy(&[u32::MAX; 9], &[]), 69, "a mask may be longer than the row");
+        assert_eq!(greedy(&[], &[]), 0, "nothing to pick");
+        // The lowest allowed id, where the row has no usable logit.
+        let row = SampleRow { allowed: Some(&mask), banned: &[3], ..NO_ROW };
+        assert_eq!(sampled(&[f32::NAN; 70], row).id, 7);
     }
 
     #[test]

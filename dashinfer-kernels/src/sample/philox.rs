@@ -25,7 +25,7 @@ pub(super) fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 ///
 /// The key is the seed, the counter `[position low, position high, 0, 0]`: the last two words are free for other draws
 /// at the same position.
-pub(super) fn uniform(seed: u64, position: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let ((seed_high, seed_low), (high, low)) = (halves(seed), halves(position));
     let words = philox4x32([low, high, 0, 0], [seed_low, seed_high]);
     let bits = (u64::from(words[0]) << 32) | u64::from(words[1]);

@@ -10,18 +10,22 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa, PoolConfig};
+#[cfg(feature = "cuda")]
+use dashinfer_kernels::cuda::{CudaBackend, CudaConfig};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
     Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, RandomWeights, StepLimits,
-    WeightSource, panel_bytes, shapes,
+    WeightSource, shapes,
 };
 use tokio::sync::{oneshot, watch};
 
+use super::device::{ComputeType, Device, KvCacheType, WeightType};
 use super::executor::LocalExecutor;
 use super::front::Front;
 use super::hub::Hub;
-use super::memory::{CachePlan, CacheSize, Estimate, available_bytes};
+use super::memory::{CachePlan, CacheSize, Estimate};
 use super::step_loop::{Command, StepLoop};
+use super::target::Target;
 use super::{Engine, ModelInfo, Shared};
 use crate::scheduler::{Limits, Scheduler};
 use crate::{Error, GenerationDefaults, Tokenizer};
@@ -63,29 +67,6 @@ impl Source {
     }
 }
 
-/// The type of [random weights](Source::Random).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum WeightType {
-    /// 32 bits.
-    F32,
-    /// 16 bits with 11 of precision.
-    F16,
-    /// 16 bits with 8 of precision and the range of f32.
-    #[default]
-    BF16,
-}
-
-impl WeightType {
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-        }
-    }
-}
-
 impl<P: AsRef<Path> + ?Sized> From<&P> for Source {
     fn from(folder: &P) -> Self {
         Self::Folder(folder.as_ref().to_owned())
@@ -101,40 +82,6 @@ impl From<PathBuf> for Source {
 impl From<String> for Source {
     fn from(folder: String) -> Self {
         Self::Folder(folder.into())
-    }
-}
-
-/// Where a model runs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Device {
-    /// The best there is; for now always the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-}
-
-/// The type in which keys and values are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum KvCacheType {
-    /// 32 bits: exactly what was computed. The default on the CPU.
-    #[default]
-    F32,
-    /// 16 bits with 11 of precision: half the memory.
-    F16,
-    /// 16 bits with 8 of precision and the range of f32: half the memory.
-    BF16,
-}
-
-impl KvCacheType {
-    fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-        }
     }
 }
 
@@ -175,12 +122,14 @@ pub struct Load {
 #[derive(Debug, Clone)]
 struct Settings {
     device: Device,
+    compute: ComputeType,
+    deterministic: bool,
     kv_cache: KvCacheType,
     memory_limit: Option<u64>,
     kv_cache_bytes: Option<u64>,
     max_context: Option<usize>,
-    max_batch: usize,
-    max_step_tokens: usize,
+    max_batch: Option<usize>,
+    max_step_tokens: Option<usize>,
     max_chunk: Option<usize>,
     max_queued: usize,
     block_size: usize,
@@ -195,12 +144,14 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             device: Device::default(),
+            compute: ComputeType::default(),
+            deterministic: false,
             kv_cache: KvCacheType::default(),
             memory_limit: None,
             kv_cache_bytes: None,
             max_context: None,
-            max_batch: 64,
-            max_step_tokens: 512,
+            max_batch: None,
+            max_step_tokens: None,
             max_chunk: None,
             max_queued: 1024,
             block_size: 32,
@@ -217,8 +168,8 @@ impl Settings {
     /// Counts that size buffers have an upper bound too, far above what is of use, so that no later sum of them overflows.
     fn check(&self) -> Result<(), Error> {
         let counts = [
-            ("max_batch", self.max_batch, 1..=1 << 20, "1 to 1048576"),
-            ("max_step_tokens", self.max_step_tokens, 1..=1 << 20, "1 to 1048576"),
+            ("max_batch", self.max_batch.unwrap_or(1), 1..=1 << 20, "1 to 1048576"),
+            ("max_step_tokens", self.max_step_tokens.unwrap_or(1), 1..=1 << 20, "1 to 1048576"),
             ("max_chunk", self.max_chunk.unwrap_or(1), 1..=usize::MAX, "at least 1"),
             ("max_context", self.max_context.unwrap_or(1), 1..=usize::MAX, "at least 1"),
             ("stream_buffer", self.stream_buffer, 1..=1 << 20, "1 to 1048576"),
@@ -251,15 +202,31 @@ impl Load {
         self
     }
 
-    /// The type in which keys and values are kept. Default: [`KvCacheType::F32`]. Smaller types hold more tokens in the same
+    /// The type in which the model is computed. Default: [`ComputeType::Auto`].
+    pub fn compute(mut self, compute: ComputeType) -> Self {
+        self.settings.compute = compute;
+        self
+    }
+
+    /// Whether a request's tokens and log-probabilities are the same to the bit whatever it is computed with, and whether its
+    /// prefix is cached, computed in chunks, or computed again after a preemption. On the CPU they always are. On a GPU the
+    /// fastest kernels depend on the size of the step, and with `true` others are used that do not: `docs/cuda.md` says what that
+    /// costs. Default: false.
+    pub fn deterministic(mut self, yes: bool) -> Self {
+        self.settings.deterministic = yes;
+        self
+    }
+
+    /// The type in which keys and values are kept. Default: [`KvCacheType::Auto`]. Smaller types hold more tokens in the same
     /// memory, and change results a little.
     pub fn kv_cache(mut self, kv_cache: KvCacheType) -> Self {
         self.settings.kv_cache = kv_cache;
         self
     }
 
-    /// The most bytes for weights, activations and KV cache together. Default: no limit on weights; for the cache, 4 GiB or half
-    /// of the memory that is left, whichever is less.
+    /// The most bytes for weights, activations and KV cache together, in the device's memory. Default: no limit on weights; for
+    /// the cache, on the CPU 4 GiB or half of the memory that is left, whichever is less, and on a GPU nine tenths of what is left,
+    /// if that many tokens can be of use.
     pub fn memory_limit(mut self, bytes: u64) -> Self {
         self.settings.memory_limit = Some(bytes);
         self
@@ -279,16 +246,16 @@ impl Load {
         self
     }
 
-    /// The most sequences computed in one step. Default: 64. More raises throughput under load, and the time of a step.
+    /// The most sequences computed in one step. Default: 64 on the CPU, 256 on a GPU. More raises throughput under load, and the time of a step.
     pub fn max_batch(mut self, sequences: usize) -> Self {
-        self.settings.max_batch = sequences;
+        self.settings.max_batch = Some(sequences);
         self
     }
 
-    /// The most tokens computed in one step. Default: 512. Fewer let running requests wait less for the prompts of others; more
+    /// The most tokens computed in one step. Default: 512 on the CPU, 8192 on a GPU. Fewer let running requests wait less for the prompts of others; more
     /// read prompts faster.
     pub fn max_step_tokens(mut self, tokens: usize) -> Self {
-        self.settings.max_step_tokens = tokens;
+        self.settings.max_step_tokens = Some(tokens);
         self
     }
 
@@ -353,7 +320,9 @@ impl Load {
     /// # Errors
     /// Those of a load, as far as they show without reading weights.
     pub fn estimate(&self) -> Result<Estimate, Error> {
-        Ok(self.plan(&Opened::new(&self.source)?)?.estimate)
+        let opened = Opened::new(&self.source)?;
+        let target = Target::open(self.settings.device)?;
+        Ok(self.plan(&opened, &target)?.estimate)
     }
 
     /// Loads, and waits for it on this thread.
@@ -364,23 +333,26 @@ impl Load {
         futures::executor::block_on(self.into_future())
     }
 
-    fn plan(&self, opened: &Opened) -> Result<Plan, Error> {
+    fn plan(&self, opened: &Opened, target: &Target) -> Result<Plan, Error> {
         let set = &self.settings;
         set.check()?;
-        let limits = StepLimits {
-            max_tokens: set.max_step_tokens,
-            max_logit_rows: (set.max_batch + MAX_ALL_LOGITS).min(set.max_step_tokens),
-        };
-        let dtype = set.kv_cache.dtype();
-        let model = MemoryEstimate::new(&opened.spec, opened.source.as_ref(), dtype, limits, &panel_bytes)?;
+        let max_batch = set.max_batch.unwrap_or(target.default_batch());
+        let max_tokens = set.max_step_tokens.unwrap_or(target.default_step_tokens());
+        let limits = StepLimits { max_tokens, max_logit_rows: (max_batch + MAX_ALL_LOGITS).min(max_tokens) };
+        let compute = target.compute_type(set.compute.dtype(), opened)?;
+        let kv_cache = target.kv_cache_type(set.kv_cache.dtype(), compute)?;
+        let packed_bytes = |rows, cols, stored| target.packed_bytes(rows, cols, stored, compute);
+        let (spec, source) = (&opened.spec, opened.source.as_ref());
+        let mut model = MemoryEstimate::new(spec, source, compute, kv_cache, limits, &packed_bytes)?;
+        model.activation_bytes += target.workspace_bytes(spec, limits);
         let cache = CachePlan {
             block_size: set.block_size,
             context: opened.spec.max_positions,
             max_context: set.max_context,
-            max_batch: set.max_batch,
+            max_batch,
             kv_cache_bytes: set.kv_cache_bytes,
             memory_limit: set.memory_limit,
-            available: available_bytes(),
+            spare: target.spare_bytes()?,
         };
         let CacheSize { num_blocks, context } = cache.size(&model)?;
         let kv_cache_tokens = num_blocks * set.block_size;
@@ -392,7 +364,7 @@ impl Load {
             kv_cache_bytes: kv_cache_tokens as u64 * model.kv_bytes_per_token,
             context,
         };
-        Ok(Plan { estimate, num_blocks, limits })
+        Ok(Plan { estimate, num_blocks, limits, max_batch, compute, kv_cache })
     }
 }
 
@@ -423,12 +395,15 @@ struct Plan {
     estimate: Estimate,
     num_blocks: usize,
     limits: StepLimits,
+    max_batch: usize,
+    compute: DType,
+    kv_cache: DType,
 }
 
 /// A source whose config and headers were read.
-struct Opened {
-    spec: ModelSpec,
-    source: Box<dyn WeightSource>,
+pub(super) struct Opened {
+    pub(super) spec: ModelSpec,
+    pub(super) source: Box<dyn WeightSource>,
     defaults: GenerationDefaults,
     /// The folder with a tokenizer.
     tokenizer: Option<PathBuf>,
@@ -489,20 +464,44 @@ fn serve(mut load: Load, report: oneshot::Sender<Result<Engine, Error>>) {
     // Dropped last, when the model and its cache have gone.
     let (_ended, ended) = watch::channel(());
     match start(&mut load, ended) {
-        Ok((engine, steps)) => {
+        Ok((engine, run)) => {
             // Whoever waited for the engine has gone: then the handle is dropped here, and the loop ends at once.
             drop(report.send(Ok(engine)));
-            steps.run();
+            run();
         }
         Err(error) => drop(report.send(Err(error))),
     }
 }
 
-type CpuLoop = StepLoop<LocalExecutor<CpuBackend>>;
+/// The rest of the life of the engine's thread.
+type Run = Box<dyn FnOnce()>;
 
-fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop), Error> {
-    let mut opened = Opened::new(&load.source)?;
-    let plan = load.plan(&opened)?;
+fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, Run), Error> {
+    let opened = Opened::new(&load.source)?;
+    let target = Target::open(load.settings.device)?;
+    let plan = load.plan(&opened, &target)?;
+    match target {
+        Target::Cpu => {
+            let config = CpuConfig { pool: load.settings.pool(), isa: load.settings.isa };
+            start_on(CpuBackend::new(&config)?, load, opened, plan, ended)
+        }
+        #[cfg(not(feature = "cuda"))]
+        Target::Cuda(device) => match device {},
+        #[cfg(feature = "cuda")]
+        Target::Cuda(device) => {
+            let config = CudaConfig { dtype: plan.compute, deterministic: load.settings.deterministic };
+            start_on(CudaBackend::new(&device, &config)?, load, opened, plan, ended)
+        }
+    }
+}
+
+fn start_on<B: Backend>(
+    backend: B,
+    load: &mut Load,
+    mut opened: Opened,
+    plan: Plan,
+    ended: watch::Receiver<()>,
+) -> Result<(Engine, Run), Error> {
     let settings = load.settings.clone();
     let tokenizer = match opened.tokenizer.take() {
         // A large vocabulary takes as long to read as weights do, so it is read beside them.
@@ -515,9 +514,6 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
         None => None,
     };
 
-    let backend = match settings.device {
-        Device::Auto | Device::Cpu => CpuBackend::new(&CpuConfig { pool: settings.pool(), isa: settings.isa })?,
-    };
     let device = backend.name();
     let mut no_progress: OnProgress = Box::new(|_| ());
     let on_progress = load.on_progress.as_mut().unwrap_or(&mut no_progress);
@@ -528,7 +524,7 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
         on_progress(Progress { phase: LoadPhase::Weights, bytes_done, bytes_total });
     })?;
     let spec = decoder.spec();
-    let cache_spec = spec.kv_cache(settings.block_size, plan.num_blocks, settings.kv_cache.dtype());
+    let cache_spec = spec.kv_cache(settings.block_size, plan.num_blocks, plan.kv_cache);
     let cache = decoder.backend().kv_cache(&cache_spec)?;
     let model = ModelInfo {
         architecture: spec.architecture.clone(),
@@ -541,10 +537,10 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
         kv_cache_tokens: plan.estimate.kv_cache_tokens,
     };
     let scheduler = Scheduler::new(Limits {
-        token_budget: settings.max_step_tokens,
-        max_running: settings.max_batch.min(plan.limits.max_logit_rows),
+        token_budget: plan.limits.max_tokens,
+        max_running: plan.max_batch.min(plan.limits.max_logit_rows),
         max_chunk: settings.max_chunk,
-        max_all_logits: plan.limits.max_logit_rows.saturating_sub(settings.max_batch).max(1),
+        max_all_logits: plan.limits.max_logit_rows.saturating_sub(plan.max_batch).max(1),
         num_blocks: plan.num_blocks,
         block_size: settings.block_size,
         prefix_cache: settings.prefix_cache,
@@ -575,10 +571,10 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, CpuLoop
         hub,
         next_request: AtomicU64::new(0),
         stream_buffer: settings.stream_buffer,
-        max_in_flight: settings.max_batch.saturating_mul(2),
+        max_in_flight: plan.max_batch.saturating_mul(2),
         model,
         tokenizer,
         ended,
     };
-    Ok((Engine { shared: Arc::new(shared) }, steps))
+    Ok((Engine { shared: Arc::new(shared) }, Box::new(move || steps.run())))
 }

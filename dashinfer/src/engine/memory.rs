@@ -44,8 +44,27 @@ pub(super) struct CachePlan {
     pub(super) kv_cache_bytes: Option<u64>,
     /// What the caller gives all together.
     pub(super) memory_limit: Option<u64>,
-    /// What the machine has to give now, if that is known.
-    pub(super) available: Option<u64>,
+    /// What the device has to give now, if that is known.
+    pub(super) spare: Option<Spare>,
+}
+
+/// What a device has to give, and how much of it a cache takes that nobody gave a size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Spare {
+    /// Bytes that are free.
+    pub(super) available: u64,
+    /// The part of what is left beside the model that the cache takes.
+    pub(super) part: (u64, u64),
+    /// At most so much.
+    pub(super) most: u64,
+}
+
+impl Spare {
+    /// Bytes for a cache beside a model of `fixed` bytes.
+    fn cache_bytes(&self, fixed: u64) -> u64 {
+        let (numerator, denominator) = self.part;
+        (self.available.saturating_sub(fixed) / denominator).saturating_mul(numerator).min(self.most)
+    }
 }
 
 /// The size of the cache, and what follows from it.
@@ -56,8 +75,8 @@ pub(super) struct CacheSize {
     pub(super) context: usize,
 }
 
-/// The most that the cache takes when nobody says.
-const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
+/// The most that the cache takes in the machine's memory when nobody says.
+pub(super) const DEFAULT_CACHE_BYTES: u64 = 4 << 30;
 
 /// The context that is kept when nobody says and memory is short, if the model has as much.
 const LEAST_CONTEXT: usize = 512;
@@ -90,8 +109,7 @@ impl CachePlan {
             (Some(left), Some(cache)) => left.min(cache),
             (Some(bytes), None) | (None, Some(bytes)) => bytes,
             (None, None) => {
-                let spare = self.available.map_or(u64::MAX, |available| available.saturating_sub(fixed) / 2);
-                let bytes = DEFAULT_CACHE_BYTES.min(spare);
+                let bytes = self.spare.map_or(DEFAULT_CACHE_BYTES, |spare| spare.cache_bytes(fixed));
                 if self.max_context.is_none() && bytes < bytes_of_one {
                     let tokens = (bytes / block_bytes) as usize * self.block_size;
                     context = context.min(tokens.max(LEAST_CONTEXT));
@@ -130,7 +148,7 @@ mod tests {
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
         let source = RandomWeights::new(&spec, 0);
         let dtype = dashinfer_kernels::DType::F32;
-        let estimate = MemoryEstimate::new(&spec, &source, dtype, limits, &panel_bytes).unwrap();
+        let estimate = MemoryEstimate::new(&spec, &source, dtype, dtype, limits, &panel_bytes).unwrap();
         (spec, estimate)
     }
 
@@ -142,7 +160,7 @@ mod tests {
             max_batch: 4,
             kv_cache_bytes: None,
             memory_limit: None,
-            available: None,
+            spare: None,
         }
     }
 
@@ -194,7 +212,8 @@ mod tests {
         let fixed = model.weight_bytes + model.activation_bytes;
         let block = 32 * model.kv_bytes_per_token;
         let size = |blocks: u64, max_context| {
-            let plan = CachePlan { available: Some(fixed + 2 * blocks * block), max_context, ..plan() };
+            let spare = Spare { available: fixed + 2 * blocks * block, part: (1, 2), most: DEFAULT_CACHE_BYTES };
+            let plan = CachePlan { spare: Some(spare), max_context, ..plan() };
             plan.size(&model).unwrap()
         };
         assert_eq!(size(40, None), CacheSize { num_blocks: 40, context: 1000 });

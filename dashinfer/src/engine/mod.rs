@@ -8,6 +8,7 @@
 mod batch;
 mod blocking;
 mod continuation;
+mod device;
 mod executor;
 mod front;
 mod hub;
@@ -16,6 +17,7 @@ mod many;
 mod memory;
 mod step_loop;
 mod stream;
+mod target;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -24,8 +26,9 @@ use std::time::Instant;
 use tokio::sync::{oneshot, watch};
 
 pub use blocking::{Blocking, BlockingTokens};
+pub use device::{ComputeType, Device, KvCacheType, ParseSettingError, WeightType};
 pub use hub::EngineStats;
-pub use load::{Device, KvCacheType, Load, LoadPhase, Progress, Source, WeightType};
+pub use load::{Load, LoadPhase, Progress, Source};
 pub use many::{GenerateStream, Tagged};
 pub use memory::Estimate;
 pub use stream::TokenStream;
@@ -52,7 +55,7 @@ pub struct ModelInfo {
     pub vocab_size: usize,
     /// The most tokens of a prompt and its continuation together.
     pub context: usize,
-    /// Where it runs: `cpu`.
+    /// Where it runs: `cpu` or `cuda`.
     pub device: &'static str,
     /// Bytes of packed weights.
     pub weight_bytes: u64,

@@ -228,15 +228,8 @@ impl<E: Executor> StepLoop<E> {
                 return Err(Error::internal("a sequence without a request was planned to be sampled"));
             };
             let (prompt, generated) = sequence.tokens().split_at(sequence.prompt_len());
-            rows.push(SampleRow {
-                logits_row,
-                params: &live.resolved.params,
-                position: sequence.tokens().len() as u64,
-                prompt,
-                generated,
-                banned: live.banned(),
-                carried: None,
-            });
+            let row = SampleRow::new(logits_row, &live.resolved.params, sequence.tokens().len() as u64);
+            rows.push(SampleRow { prompt, generated, banned: live.banned(), ..row });
         }
         self.executor.submit(&Step { batch: self.batch.batch(), rows: &rows, read: self.batch.read() })?;
         let output = self.executor.collect()?;

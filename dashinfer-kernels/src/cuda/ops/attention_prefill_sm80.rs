@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::operand::{Span, count_u32, typed_kernel};
 use crate::cuda::device::{Arch, Device};
 use crate::cuda::kernel::{Args, Kernel, Launch};
+use crate::cuda::plan::PrefillTile;
 use crate::cuda::units::Unit;
 use crate::{AttentionParams, DType, KernelError};
 
@@ -13,20 +14,6 @@ pub(crate) static UNIT: Unit =
 
 /// Head sizes that there are tiles for.
 pub(crate) const HEAD_DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
-
-/// `PrefillTile` of the kernel: up to [`AttentionPrefillSm80::tile_rows`] rows of one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C)]
-pub(crate) struct PrefillTile {
-    /// First row in the batch.
-    pub(crate) first_row: u32,
-    /// Rows.
-    pub(crate) num_rows: u32,
-    /// Position of the first row.
-    pub(crate) position: u32,
-    /// Where the sequence's blocks start in the block table.
-    pub(crate) first_block: u32,
-}
 
 /// How a block shares out its work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use bytemuck::NoUninit;
-
 use crate::cuda::device::Device;
 use crate::cuda::kernel::{Args, Kernel, Launch};
 use crate::cuda::tensor_map::{Boxes, TensorMap};
@@ -16,23 +14,8 @@ const OP: &str = "attention_prefill_sm90";
 pub(crate) static UNIT: Unit =
     Unit { name: "attention_prefill_sm90.cu", source: include_str!("../../../cuda/attention_prefill_sm90.cu") };
 
-/// Rows of a [`PrefillTile`], at most.
+/// Rows of a [`PrefillTile`](crate::cuda::plan::PrefillTile), at most.
 pub(crate) const TILE_ROWS: u32 = 128;
-
-/// Rows of one sequence, one after another, that share their blocks' work. For the least time, longest first: by the number of
-/// keys that a tile sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, NoUninit)]
-#[repr(C)]
-pub(crate) struct PrefillTile {
-    /// Where in the batch.
-    pub(crate) first_row: u32,
-    /// At most [`TILE_ROWS`].
-    pub(crate) num_rows: u32,
-    /// Position of the first row in its sequence.
-    pub(crate) position: u32,
-    /// Where in the block table the sequence's blocks start.
-    pub(crate) first_block: u32,
-}
 
 /// The shape of a layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +69,7 @@ pub(crate) struct Operands<'a> {
     pub(crate) qkv: u64,
     /// Keys and values of everything up to and with each tile's last row, written before.
     pub(crate) cache: &'a CacheMaps,
-    /// [`PrefillTile`]s.
+    /// [`PrefillTile`](crate::cuda::plan::PrefillTile)s.
     pub(crate) tiles: u64,
     /// How many.
     pub(crate) num_tiles: u32,
@@ -113,6 +96,11 @@ impl AttentionPrefillSm90 {
             && matches!(shape.dtype, DType::BF16 | DType::F16)
             && matches!(shape.head_dim, 64 | 80 | 96 | 128 | 192 | 256)
             && matches!(shape.block_size, 16 | 32 | 64 | 128)
+    }
+
+    /// What it was made for.
+    pub(crate) fn shape(&self) -> &Shape {
+        &self.shape
     }
 
     /// Compiles or finds the kernel.
@@ -206,6 +194,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
+    use crate::cuda::plan::PrefillTile;
     use crate::cuda::device::test_device;
     use crate::cuda::memory::{Buffer, Event};
     use crate::to_f32;

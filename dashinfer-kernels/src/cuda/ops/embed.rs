@@ -26,7 +26,8 @@ impl Embed {
     }
 
     /// `out`: `[num_rows, hidden]`; `table`: `[V, hidden]`; `ids`, `carried`: u32 `[num_rows]`. Row `t` takes token `ids[t]`, or
-    /// `last_ids[carried[t]]` unless that is [`NOT_CARRIED`]. Ids and rows of `last_ids` are in range, as the host saw to.
+    /// `last[carried[t]]` unless that is [`NOT_CARRIED`], where `last_ids` holds the address of `last`. Ids and rows of `last` are in
+    /// range, as the host saw to.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if an operand is too small.
@@ -45,7 +46,7 @@ impl Embed {
             .ptr(table.holding(OP, "values of the table", hidden, size)?)
             .ptr(ids.holding(OP, "ids", num_rows, 4)?)
             .ptr(carried.holding(OP, "carried rows", num_rows, 4)?)
-            .ptr(last_ids.holding(OP, "last ids", 0, 4)?)
+            .ptr(last_ids.holding(OP, "the address of the last ids", 1, 8)?)
             .u32(count_u32(OP, "columns", hidden)?)
             .u32(count_u32(OP, "rows", num_rows)?);
         let block = threads_for(hidden, 16 / size, 512);
@@ -73,8 +74,9 @@ mod tests {
                     (0..num_rows as u32).map(|t| if t % 3 == 1 { t % 2 } else { NOT_CARRIED }).collect();
                 let last = [96, 13];
                 let out = poisoned(&device, num_rows * hidden * dtype.size_bytes());
-                let (ids_on, carried_on, last_on) =
+                let (ids_on, carried_on, last_at) =
                     (words(&device, &ids), words(&device, &carried), words(&device, &last));
+                let last_on = upload(&device, &last_at.ptr().to_le_bytes());
                 let small = [(&ids_on).into(), (&carried_on).into(), (&last_on).into()];
                 kernel.run(&device, (&out).into(), (&table.on_device).into(), small, [num_rows, hidden]).unwrap();
                 let want = (0..num_rows).flat_map(|t| {

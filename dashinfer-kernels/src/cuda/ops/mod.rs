@@ -1,5 +1,6 @@
 //! One launcher for each kernel: it checks shapes, and is the only place that launches it.
 
+pub(crate) mod attention;
 pub(crate) mod attention_combine;
 pub(crate) mod attention_decode;
 pub(crate) mod attention_prefill_sm80;
@@ -9,9 +10,11 @@ pub(crate) mod attention_units;
 pub(crate) mod convert;
 pub(crate) mod embed;
 pub(crate) mod gather_rows;
+pub(crate) mod linear;
 pub(crate) mod operand;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
+pub(crate) mod sample;
 pub(crate) mod silu_mul;
 
 #[cfg(test)]

@@ -27,6 +27,15 @@ impl<'a> Span<'a> {
         Ok(Self { buffer, offset, bytes })
     }
 
+    /// The rest of it, from `offset` on.
+    pub(crate) fn rest(self, offset: usize) -> Result<Self, KernelError> {
+        let Some(bytes) = self.bytes.checked_sub(offset) else {
+            let (what, found) = ("bytes of the span", self.bytes);
+            return Err(KernelError::Shape { op: "span", what, wanted: offset, found });
+        };
+        Ok(Self { buffer: self.buffer, offset: self.offset + offset, bytes })
+    }
+
     /// Its size.
     pub(crate) fn bytes(self) -> usize {
         self.bytes

@@ -1,0 +1,618 @@
+//! [`Backend`] on a GPU.
+//!
+//! Every operator puts kernels into the device's one stream and returns; nothing waits but [`Backend::collect_sampled`] and
+//! [`Backend::read_row`]. What kernels read about a step is copied by [`Backend::begin_step`], from pinned memory, to buffers
+//! whose addresses stay. So a step that decodes one row of each of its sequences, padded to one of a few sizes, is recorded the
+//! second time it is seen, and started as a whole from then on.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::device::Device;
+use super::graph::{Graph, Recording};
+use super::memory::Buffer;
+use super::ops::attention::{Attention, AttentionOperands};
+use super::ops::embed::{Embed, NOT_CARRIED};
+use super::ops::gather_rows::GatherRows;
+use super::ops::linear::{CudaLinear, LinearMode, Linears};
+use super::ops::operand::Span;
+use super::ops::rms_norm::RmsNorm;
+use super::ops::rope::{RopeAndCache, RopeOperands, RopeSizes};
+use super::ops::sample::{CudaSampler, Logits};
+use super::ops::silu_mul::SiluMul;
+use super::plan::AttentionPlan;
+use super::step::{Steps, section};
+use super::upload::{Source, Uploader};
+use super::{CudaDevice, packed_bytes};
+use crate::error::check;
+use crate::{
+    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope, SampleRow, Sampled,
+    StepRows, TensorUse, to_f32,
+};
+
+/// How the backend computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaConfig {
+    /// The type of weights, activations and cache. Sums are in f32, and logits are f32.
+    pub dtype: DType,
+    /// Whether a row's result must not depend on the rows beside it, nor on whether it is computed in a prompt or as a decode.
+    pub deterministic: bool,
+}
+
+/// Rows of the largest step that is recorded.
+const MOST_RECORDED: usize = 512;
+
+/// Activations or logits, `[rows, cols]`, with room for a fixed number of rows.
+#[derive(Debug)]
+pub struct CudaTensor {
+    buffer: Buffer,
+    dtype: DType,
+    max_rows: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl CudaTensor {
+    fn resize(&mut self, op: &'static str, rows: usize, cols: usize) -> Result<(), KernelError> {
+        check(op, "columns of the output", cols, self.cols)?;
+        if rows > self.max_rows {
+            return Err(KernelError::Shape { op, what: "room for rows in the output", wanted: rows, found: self.max_rows });
+        }
+        self.rows = rows;
+        Ok(())
+    }
+
+    fn span(&self) -> Span<'_> {
+        (&self.buffer).into()
+    }
+}
+
+/// Parameters in f32.
+#[derive(Debug)]
+pub struct CudaVector {
+    buffer: Buffer,
+    len: usize,
+}
+
+/// Keys and values of all layers: for each layer `[num_blocks, K, B, D]` keys, then as many values.
+#[derive(Debug)]
+pub struct CudaKvCache {
+    id: u64,
+    buffer: Buffer,
+    spec: KvCacheSpec,
+}
+
+impl CudaKvCache {
+    fn layer(&self, layer: usize) -> Result<[Span<'_>; 2], KernelError> {
+        let spec = &self.spec;
+        let half = spec.num_blocks * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.size_bytes();
+        let part = |index| Span::part(&self.buffer, index * half, half);
+        Ok([part(2 * layer)?, part(2 * layer + 1)?])
+    }
+}
+
+/// A kind of step that is recorded as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct RecordKey {
+    cache: u64,
+    /// With padding.
+    rows: usize,
+    /// Whether rows are split, so that partial results are to be combined.
+    is_split: bool,
+}
+
+#[derive(Debug)]
+enum Recorded {
+    /// Computed once: what it needs is compiled and chosen.
+    Seen,
+    Graph(Graph),
+}
+
+/// What is known of the step that was begun.
+#[derive(Debug, Default)]
+struct Current {
+    /// With padding.
+    rows: usize,
+    num_logit_rows: usize,
+    key: Option<RecordKey>,
+    recording: Option<Recording>,
+}
+
+/// The operators on one GPU.
+pub struct CudaBackend {
+    device: Arc<Device>,
+    config: CudaConfig,
+    uploader: Uploader,
+    embed: Embed,
+    norm: RmsNorm,
+    linears: Linears,
+    rope: RopeAndCache,
+    attention: Attention,
+    silu: SiluMul,
+    gather: GatherRows,
+    /// Made when it is known how many rows it may get.
+    sampler: Option<CudaSampler>,
+    inv_freq: Vec<(Rope, Buffer)>,
+    plan: AttentionPlan,
+    max_slots: usize,
+    current: Current,
+    steps: Steps,
+    recorded: HashMap<RecordKey, Recorded>,
+    recorded_generation: u64,
+    rows: RowScratch,
+}
+
+/// Rows as they are copied to the device, with padding; kept for their memory.
+#[derive(Debug, Default)]
+struct RowScratch {
+    ids: Vec<u32>,
+    carried: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    num_units: Vec<u32>,
+}
+
+impl std::fmt::Debug for CudaBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CudaBackend").field("device", &self.device).field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl CudaBackend {
+    /// Compiles the kernels, or takes them from the cache.
+    ///
+    /// # Errors
+    /// [`KernelError::Compile`], [`KernelError::Library`] without a compiler, [`KernelError::OutOfMemory`].
+    pub fn new(device: &CudaDevice, config: &CudaConfig) -> Result<Self, KernelError> {
+        let device = &device.0;
+        device.bind()?;
+        let dtype = config.dtype;
+        let mode = if config.deterministic { LinearMode::RowsAlone } else { LinearMode::Fast };
+        Ok(Self {
+            device: Arc::clone(device),
+            config: *config,
+            uploader: Uploader::new(device),
+            embed: Embed::new(device, dtype)?,
+            norm: RmsNorm::new(device, dtype)?,
+            linears: Linears::new(device, dtype, mode)?,
+            rope: RopeAndCache::new(device, dtype)?,
+            attention: Attention::new(device, dtype, config.deterministic)?,
+            silu: SiluMul::new(device, dtype)?,
+            gather: GatherRows::new(device, dtype)?,
+            sampler: None,
+            inv_freq: Vec::new(),
+            plan: AttentionPlan::default(),
+            max_slots: 0,
+            current: Current::default(),
+            steps: Steps::new(device)?,
+            recorded: HashMap::new(),
+            recorded_generation: 0,
+            rows: RowScratch::default(),
+        })
+    }
+
+    fn check_attention(
+        &self,
+        op: &'static str,
+        qkv: &CudaTensor,
+        spec: &KvCacheSpec,
+        layer: usize,
+        params: &AttentionParams,
+    ) -> Result<(), KernelError> {
+        check(op, "rows", self.current.rows, qkv.rows)?;
+        check(op, "columns of qkv", (params.num_heads + 2 * params.num_kv_heads) * params.head_dim, qkv.cols)?;
+        check(op, "key/value heads of the cache", params.num_kv_heads, spec.num_kv_heads)?;
+        check(op, "head size of the cache", params.head_dim, spec.head_dim)?;
+        let groups = params.num_heads / params.num_kv_heads.max(1);
+        check(op, "query heads", groups.max(1) * params.num_kv_heads, params.num_heads)?;
+        if layer >= spec.num_layers {
+            let (wanted, found) = (layer + 1, spec.num_layers);
+            return Err(KernelError::Shape { op, what: "layers of the cache", wanted, found });
+        }
+        Ok(())
+    }
+
+    /// Uploads the frequencies of rotary embeddings that have not been seen yet. A model's are the same in every step.
+    fn keep_ropes(&mut self, ropes: &[Rope]) -> Result<(), KernelError> {
+        for (index, rope) in ropes.iter().enumerate() {
+            match self.inv_freq.get(index) {
+                Some((known, _)) if known == rope => {}
+                _ => {
+                    let bytes = bytemuck::cast_slice(&rope.inv_freq);
+                    let buffer = self.device.alloc("rotary frequencies", bytes.len())?;
+                    buffer.upload(0, bytes)?;
+                    self.inv_freq.truncate(index);
+                    self.inv_freq.push((rope.clone(), buffer));
+                    // They name the frequencies' addresses.
+                    self.recorded.clear();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The rows of a recorded step with room for `rows`: few sizes, and little padding.
+fn padded(rows: usize) -> usize {
+    match rows {
+        0..=2 => rows,
+        3..=4 => 4,
+        5..=64 => rows.next_multiple_of(8),
+        65..=256 => rows.next_multiple_of(16),
+        _ => rows.next_multiple_of(32),
+    }
+}
+
+/// Checks a step against itself and the cache: kernels read what it names without looking.
+fn check_step(step: &StepRows<'_>, spec: &KvCacheSpec) -> Result<(), KernelError> {
+    const OP: &str = "begin_step";
+    let batch = step.paged;
+    let at_most = |what, wanted: usize, found: usize| {
+        if wanted <= found { Ok(()) } else { Err(KernelError::Shape { op: OP, what, wanted, found }) }
+    };
+    check(OP, "positions", step.ids.len(), batch.positions.len())?;
+    check(OP, "slots", step.ids.len(), batch.slots.len())?;
+    let mut row = 0;
+    for sequence in &batch.sequences {
+        check(OP, "first row of a sequence", row, sequence.first_row)?;
+        row += sequence.num_rows;
+        at_most("context of a sequence", sequence.num_rows, sequence.context_len)?;
+        at_most("blocks of a sequence", sequence.context_len.div_ceil(spec.block_size), sequence.num_blocks)?;
+        let end = sequence.first_block.saturating_add(sequence.num_blocks);
+        at_most("length of the block table", end, batch.block_table.len())?;
+    }
+    check(OP, "rows of the sequences", step.ids.len(), row)?;
+    let largest = |values: &[u32]| values.iter().max().map_or(0, |&value| value as usize + 1);
+    at_most("slots of the cache", largest(&batch.slots), spec.num_blocks * spec.block_size)?;
+    at_most("blocks of the cache", largest(&batch.block_table), spec.num_blocks)?;
+    at_most("rows", largest(step.logit_rows), step.ids.len())?;
+    let carried = step.carried.iter().map(|carried| carried.row as usize + 1).max().unwrap_or(0);
+    at_most("rows", carried, step.ids.len())
+}
+
+impl Backend for CudaBackend {
+    type Tensor = CudaTensor;
+    type Vector = CudaVector;
+    type Linear = CudaLinear;
+    type KvCache = CudaKvCache;
+
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+
+    fn tensor(&self, max_rows: usize, cols: usize, what_for: TensorUse) -> Result<CudaTensor, KernelError> {
+        let (dtype, what) = match what_for {
+            TensorUse::Activations => (self.config.dtype, "activations"),
+            TensorUse::Logits => (DType::F32, "logits"),
+        };
+        let buffer = self.device.alloc(what, max_rows.saturating_mul(cols).saturating_mul(dtype.size_bytes()))?;
+        Ok(CudaTensor { buffer, dtype, max_rows, rows: 0, cols })
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<CudaVector, KernelError> {
+        let buffer = self.device.alloc("a vector of parameters", size_of_val(values))?;
+        buffer.upload(0, bytemuck::cast_slice(values))?;
+        Ok(CudaVector { buffer, len: values.len() })
+    }
+
+    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<CudaLinear, KernelError> {
+        const OP: &str = "pack";
+        let cols = parts.first().map_or(0, |part| part.cols);
+        for part in parts {
+            check(OP, "columns of a part", cols, part.cols)?;
+            let bytes = part.rows.saturating_mul(cols).saturating_mul(part.dtype.size_bytes());
+            check(OP, "bytes of a part", bytes, part.bytes.len())?;
+        }
+        let (rows, dtype) = (parts.iter().map(|part| part.rows).sum::<usize>(), self.config.dtype);
+        if let Some(bias) = bias {
+            check(OP, "length of the bias", rows, bias.len())?;
+        }
+        let weight = self.device.alloc("a weight matrix", packed_bytes(rows, cols, dtype))?;
+        let sources: Vec<_> = parts.iter().map(|part| Source { bytes: part.bytes, dtype: part.dtype }).collect();
+        self.uploader.upload(&weight, &sources, dtype)?;
+        let bias_of = |bias: &[f32], dtype: DType| -> Result<Buffer, KernelError> {
+            let bytes: &[u8] = bytemuck::cast_slice(bias);
+            let buffer = self.device.alloc("a bias", bias.len() * dtype.size_bytes())?;
+            self.uploader.upload(&buffer, &[Source { bytes, dtype: DType::F32 }], dtype)?;
+            Ok(buffer)
+        };
+        let bias_f32 = bias.map(|bias| bias_of(bias, DType::F32)).transpose()?;
+        let bias_t = bias.map(|bias| bias_of(bias, dtype)).transpose()?;
+        Ok(CudaLinear { weight, bias_f32, bias_t, rows, cols, dtype })
+    }
+
+    fn packed_bytes(&self, rows: usize, cols: usize, _: DType) -> usize {
+        packed_bytes(rows, cols, self.config.dtype)
+    }
+
+    fn kv_cache(&self, spec: &KvCacheSpec) -> Result<CudaKvCache, KernelError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        if spec.dtype != self.config.dtype {
+            let what = format!("a cache in {} beside activations in {}", spec.dtype, self.config.dtype);
+            return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cuda" });
+        }
+        let buffer = self.device.alloc("the KV cache", spec.num_blocks.saturating_mul(spec.block_bytes()))?;
+        Ok(CudaKvCache { id: NEXT.fetch_add(1, Ordering::Relaxed), buffer, spec: *spec })
+    }
+
+    fn begin_step(
+        &mut self,
+        step: &StepRows<'_>,
+        ropes: &[Rope],
+        cache: &mut CudaKvCache,
+    ) -> Result<Issue, KernelError> {
+        self.device.bind()?;
+        // Of a step that failed while it was recorded.
+        self.current = Current::default();
+        self.uploader.release();
+        check_step(step, &cache.spec)?;
+        self.keep_ropes(ropes)?;
+        let batch = step.paged;
+        let num_rows = step.ids.len();
+        let decodes = step.may_record
+            && num_rows <= MOST_RECORDED
+            && batch.sequences.len() == num_rows
+            && step.logit_rows.len() == num_rows;
+        let rows = if decodes { padded(num_rows) } else { num_rows };
+
+        let KvCacheSpec { num_kv_heads, head_dim, block_size, .. } = cache.spec;
+        let params = self.attention.plan_params(num_kv_heads, head_dim, block_size)?;
+        self.max_slots = params.max_slots;
+        self.plan.make(batch, &params, decodes.then_some(rows));
+
+        let scratch = &mut self.rows;
+        for (to, from, padding) in [
+            (&mut scratch.ids, step.ids, 0),
+            (&mut scratch.positions, &batch.positions[..], 0),
+            (&mut scratch.slots, &batch.slots[..], u32::MAX),
+            (&mut scratch.carried, &[][..], NOT_CARRIED),
+        ] {
+            to.clear();
+            to.extend_from_slice(from);
+            to.resize(rows, padding);
+        }
+        for carried in step.carried {
+            scratch.carried[carried.row as usize] = carried.sampled;
+        }
+        let last_ids = self.sampler.as_ref().map_or(0, CudaSampler::last_ids);
+
+        let mut wanted = [0; section::COUNT];
+        wanted[section::NUM_UNITS] = 4 * self.plan.chunks.len();
+        wanted[section::LAST_IDS] = 8;
+        let row_bytes = 4 * if decodes { MOST_RECORDED } else { rows };
+        for of_rows in [section::IDS, section::CARRIED, section::POSITIONS, section::SLOTS, section::LOGIT_ROWS] {
+            wanted[of_rows] = row_bytes;
+        }
+        wanted[section::UNITS] = size_of_val(&self.plan.units[..]);
+        wanted[section::SPLITS] = size_of_val(&self.plan.splits[..]);
+        wanted[section::TILES] = size_of_val(&self.plan.tiles[..]);
+        wanted[section::BLOCK_TABLE] = size_of_val(&batch.block_table[..]);
+        self.steps.is_decode = decodes;
+        let buffer = if decodes { &mut self.steps.decode } else { &mut self.steps.mixed };
+        buffer.reserve(&wanted)?;
+        let plan = &self.plan;
+        buffer.fill(|sections| {
+            scratch.num_units.clear();
+            scratch.num_units.extend(plan.chunks.iter().map(|chunk| chunk.units.len() as u32));
+            sections.put(section::NUM_UNITS, &scratch.num_units);
+            sections.put(section::IDS, &scratch.ids);
+            sections.put(section::CARRIED, &scratch.carried);
+            sections.put(section::LAST_IDS, &[last_ids]);
+            sections.put(section::POSITIONS, &scratch.positions);
+            sections.put(section::SLOTS, &scratch.slots);
+            sections.put(section::LOGIT_ROWS, step.logit_rows);
+            sections.put(section::UNITS, &plan.units);
+            sections.put(section::SPLITS, &plan.splits);
+            sections.put(section::TILES, &plan.tiles);
+            sections.put(section::BLOCK_TABLE, &batch.block_table);
+        })?;
+
+        self.current = Current { rows, num_logit_rows: step.logit_rows.len(), key: None, recording: None };
+        if !decodes {
+            return Ok(Issue::Operators);
+        }
+        let generation = self.steps.decode.generation() + self.attention.generation();
+        if generation != self.recorded_generation {
+            self.recorded.clear();
+            self.recorded_generation = generation;
+        }
+        let key = RecordKey { cache: cache.id, rows, is_split: self.plan.is_split() };
+        match self.recorded.get(&key) {
+            Some(Recorded::Graph(graph)) => {
+                graph.launch()?;
+                return Ok(Issue::Nothing);
+            }
+            Some(Recorded::Seen) => self.current.recording = Some(Recording::start(&self.device)?),
+            None => {}
+        }
+        self.current.key = Some(key);
+        Ok(Issue::Operators)
+    }
+
+    fn end_step(&mut self) -> Result<(), KernelError> {
+        let Some(key) = self.current.key.take() else { return Ok(()) };
+        let recorded = match self.current.recording.take() {
+            Some(recording) => {
+                let graph = recording.finish()?;
+                graph.launch()?;
+                Recorded::Graph(graph)
+            }
+            None => Recorded::Seen,
+        };
+        self.recorded.insert(key, recorded);
+        Ok(())
+    }
+
+    fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear) -> Result<(), KernelError> {
+        out.resize("embed", self.current.rows, table.cols)?;
+        let [ids, carried, last] = [section::IDS, section::CARRIED, section::LAST_IDS].map(|of| self.steps.section(of));
+        let sizes = [out.rows, out.cols];
+        self.embed.run(&self.device, out.span(), (&table.weight).into(), [ids?, carried?, last?], sizes)
+    }
+
+    fn rms_norm(
+        &mut self,
+        out: &mut CudaTensor,
+        x: &CudaTensor,
+        weight: &CudaVector,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        out.resize("rms_norm", x.rows, x.cols)?;
+        check("rms_norm", "length of the weight", x.cols, weight.len)?;
+        let weight = ((&weight.buffer).into(), eps);
+        self.norm.run(&self.device, out.span(), x.span(), weight, [x.rows, x.cols])
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        out: &mut CudaTensor,
+        residual: &mut CudaTensor,
+        x: &CudaTensor,
+        weight: &CudaVector,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "add_rms_norm";
+        out.resize(OP, x.rows, x.cols)?;
+        check(OP, "rows of the residual", x.rows, residual.rows)?;
+        check(OP, "columns of the residual", x.cols, residual.cols)?;
+        check(OP, "length of the weight", x.cols, weight.len)?;
+        let weight = ((&weight.buffer).into(), eps);
+        self.norm.run_add(&self.device, out.span(), [residual.span(), x.span()], weight, [x.rows, x.cols])
+    }
+
+    fn linear(&mut self, out: &mut CudaTensor, x: &CudaTensor, weight: &CudaLinear) -> Result<(), KernelError> {
+        check("linear", "columns of x", weight.cols, x.cols)?;
+        out.resize("linear", x.rows, weight.rows)?;
+        self.linears.run(out.span(), x.span(), x.rows, weight, out.dtype)
+    }
+
+    fn gated_linear(
+        &mut self,
+        out: &mut CudaTensor,
+        scratch: &mut CudaTensor,
+        x: &CudaTensor,
+        weight: &CudaLinear,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "gated_linear";
+        check(OP, "columns of x", weight.cols, x.cols)?;
+        out.resize(OP, x.rows, weight.rows / 2)?;
+        if self.linears.run_gated(out.span(), x.span(), x.rows, weight)? {
+            return Ok(());
+        }
+        self.linear(scratch, x, weight)?;
+        self.silu_mul(out, scratch)
+    }
+
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut CudaTensor,
+        cache: &mut CudaKvCache,
+        layer: usize,
+        params: &AttentionParams,
+        rope: usize,
+        qk_norm: Option<QkNorm<'_, CudaVector>>,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "rope_and_cache";
+        self.check_attention(OP, qkv, &cache.spec, layer, params)?;
+        let Some((rope, inv_freq)) = self.inv_freq.get(rope) else {
+            let (wanted, found) = (rope + 1, self.inv_freq.len());
+            return Err(KernelError::Shape { op: OP, what: "rotary embeddings of the step", wanted, found });
+        };
+        if let Some(norm) = &qk_norm {
+            check(OP, "length of the q norm", params.head_dim, norm.q.len)?;
+            check(OP, "length of the k norm", params.head_dim, norm.k.len)?;
+        }
+        let operands = RopeOperands {
+            qkv: qkv.span(),
+            cache: cache.layer(layer)?,
+            positions: self.steps.section(section::POSITIONS)?,
+            slots: self.steps.section(section::SLOTS)?,
+            inv_freq: inv_freq.into(),
+            rope_scale: rope.scale,
+            pairs: rope.pairs,
+            norms: qk_norm.map(|norm| ([(&norm.q.buffer).into(), (&norm.k.buffer).into()], norm.eps)),
+        };
+        let sizes = RopeSizes {
+            num_rows: qkv.rows,
+            num_heads: params.num_heads,
+            num_kv_heads: params.num_kv_heads,
+            head_dim: params.head_dim,
+            block_size: cache.spec.block_size,
+            rotated: 2 * rope.inv_freq.len(),
+        };
+        self.rope.run(&self.device, &operands, &sizes)
+    }
+
+    fn attention(
+        &mut self,
+        out: &mut CudaTensor,
+        qkv: &CudaTensor,
+        cache: &CudaKvCache,
+        layer: usize,
+        params: &AttentionParams,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "attention";
+        self.check_attention(OP, qkv, &cache.spec, layer, params)?;
+        out.resize(OP, qkv.rows, params.num_heads * params.head_dim)?;
+        let operands = AttentionOperands {
+            out: out.span(),
+            qkv: qkv.span(),
+            cache: cache.layer(layer)?,
+            num_blocks: cache.spec.num_blocks,
+            block_size: cache.spec.block_size,
+            num_rows: qkv.rows,
+            units: self.steps.section(section::UNITS)?,
+            num_units: self.steps.section(section::NUM_UNITS)?,
+            splits: self.steps.section(section::SPLITS)?,
+            tiles: self.steps.section(section::TILES)?,
+            block_table: self.steps.section(section::BLOCK_TABLE)?,
+        };
+        self.attention.run(&operands, params, &self.plan, self.max_slots)
+    }
+
+    fn silu_mul(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {
+        let cols = x.cols / 2;
+        check("silu_mul", "columns of x", 2 * cols, x.cols)?;
+        out.resize("silu_mul", x.rows, cols)?;
+        self.silu.run(&self.device, out.span(), x.span(), [x.rows, cols])
+    }
+
+    fn gather_logit_rows(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {
+        const OP: &str = "gather_logit_rows";
+        let rows = self.current.num_logit_rows;
+        out.resize(OP, rows, x.cols)?;
+        check(OP, "rows of x", self.current.rows, x.rows)?;
+        self.gather.run(&self.device, out.span(), x.span(), self.steps.section(section::LOGIT_ROWS)?, [rows, x.cols])
+    }
+
+    fn sample(&mut self, logits: &mut CudaTensor, rows: &[SampleRow<'_>]) -> Result<(), KernelError> {
+        self.device.bind()?;
+        let sampler = match &mut self.sampler {
+            Some(sampler) if sampler.max_rows() >= logits.max_rows => sampler,
+            sampler => sampler.insert(CudaSampler::new(&self.device, logits.max_rows)?),
+        };
+        let (ptr, rows_there) = (logits.buffer.ptr(), logits.max_rows);
+        let logits = Logits { ptr, rows: rows_there, vocab: logits.cols, stride: logits.cols };
+        sampler.launch(&self.device, logits, rows)
+    }
+
+    fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError> {
+        self.device.bind()?;
+        self.sampler.as_mut().ok_or(KernelError::NothingToCollect)?.collect()
+    }
+
+    fn read_row(&self, x: &CudaTensor, row: usize) -> Result<Vec<f32>, KernelError> {
+        if row >= x.max_rows {
+            return Err(KernelError::Shape { op: "read_row", what: "rows", wanted: row + 1, found: x.max_rows });
+        }
+        let row_bytes = x.cols * x.dtype.size_bytes();
+        let mut bytes = vec![0; row_bytes];
+        x.buffer.download(row * row_bytes, &mut bytes)?;
+        Ok(to_f32(&bytes, x.dtype))
+    }
+}

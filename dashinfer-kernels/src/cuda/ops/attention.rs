@@ -1,0 +1,304 @@
+//! Attention of a step: which kernels serve the plan's tiles and units, and their room for partial results.
+//!
+//! | rows | 16-bit, compute capability 9.0 | 16-bit, 8.0 and newer | everything else |
+//! |---|---|---|---|
+//! | of prompts | `attention_prefill_sm90` | `attention_prefill_sm80` | `attention_simple` |
+//! | decodes | `attention_decode` | `attention_decode` | `attention_simple` |
+//!
+//! When results must not depend on the step, rows of prompts are computed as decodes are, each by itself.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::attention_combine::AttentionCombine;
+use super::attention_decode::AttentionDecode;
+use super::attention_prefill_sm80::{AttentionPrefillSm80, PrefillOperands};
+use super::attention_prefill_sm90::{AttentionPrefillSm90, CacheMaps, Operands, Shape, TILE_ROWS};
+use super::attention_simple::AttentionSimple;
+use super::attention_units::{DecodeOperands, Partials};
+use super::operand::Span;
+use crate::cuda::device::Device;
+use crate::cuda::memory::Buffer;
+use crate::cuda::plan::{AttentionPlan, DecodeUnit, PlanParams, RowSplits, Splitting};
+use crate::{AttentionParams, DType, KernelError};
+
+/// Rows whose splits have room at once when each row is split by itself; more are computed in turns.
+const ROWS_AT_ONCE: usize = 256;
+
+/// What attention works on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionOperands<'a> {
+    /// `[num_rows, H * D]`
+    pub(crate) out: Span<'a>,
+    /// `[num_rows, (H + 2 K) * D]`
+    pub(crate) qkv: Span<'a>,
+    /// Keys and values of the layer: `[num_blocks, K, B, D]` each.
+    pub(crate) cache: [Span<'a>; 2],
+    pub(crate) num_blocks: usize,
+    pub(crate) block_size: usize,
+    /// Rows of the step, with padding.
+    pub(crate) num_rows: usize,
+    /// The plan's units, on the device.
+    pub(crate) units: Span<'a>,
+    /// For each chunk of the plan how many units it has: `u32`.
+    pub(crate) num_units: Span<'a>,
+    /// The plan's splits.
+    pub(crate) splits: Span<'a>,
+    /// The plan's tiles.
+    pub(crate) tiles: Span<'a>,
+    pub(crate) block_table: Span<'a>,
+}
+
+/// The heads that kernels are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Heads {
+    num_kv_heads: usize,
+    head_dim: usize,
+}
+
+#[derive(Debug)]
+enum Units {
+    Decode(AttentionDecode),
+    Simple(AttentionSimple),
+}
+
+#[derive(Debug)]
+enum Tiles {
+    None,
+    Sm80(AttentionPrefillSm80),
+    /// Made when the number of query heads is known. The maps are those of a layer, found by the address of its keys.
+    Sm90 { kernel: Option<AttentionPrefillSm90>, maps: HashMap<u64, CacheMaps> },
+}
+
+#[derive(Debug)]
+struct Kernels {
+    heads: Heads,
+    units: Units,
+    tiles: Tiles,
+}
+
+/// Partial results that there is room for, at most, whatever the kernels and the splitting.
+pub(crate) fn max_slots(device: &Device, num_kv_heads: usize) -> usize {
+    /// Blocks of a kernel that a multiprocessor may hold.
+    const BLOCKS: usize = 6;
+    let grid = device.num_sms as usize * BLOCKS;
+    let slots = |splitting| {
+        let params = PlanParams { grid, num_kv_heads, window: None, splitting, prefill_rows: None, max_slots: 0 };
+        params.slots_for(ROWS_AT_ONCE)
+    };
+    slots(Splitting::Balanced).max(slots(Splitting::ByContext))
+}
+
+/// The kernels of attention, and room for partial results.
+pub(crate) struct Attention {
+    device: Arc<Device>,
+    dtype: DType,
+    deterministic: bool,
+    combine: AttentionCombine,
+    kernels: Option<Kernels>,
+    /// Partial sums, and their maxima and weights.
+    partials: [Buffer; 2],
+    generation: u64,
+}
+
+impl Attention {
+    pub(crate) fn new(device: &Arc<Device>, dtype: DType, deterministic: bool) -> Result<Self, KernelError> {
+        Ok(Self {
+            device: Arc::clone(device),
+            dtype,
+            deterministic,
+            combine: AttentionCombine::new(device, dtype)?,
+            kernels: None,
+            partials: [device.alloc("partial attention", 0)?, device.alloc("partial attention", 0)?],
+            generation: 0,
+        })
+    }
+
+    /// Grows whenever addresses change that a recorded step may name.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What a plan is made for. Makes the kernels of these heads.
+    ///
+    /// # Errors
+    /// [`KernelError::Unsupported`] if there is none, and what compiling may say.
+    pub(crate) fn plan_params(
+        &mut self,
+        num_kv_heads: usize,
+        head_dim: usize,
+        block_size: usize,
+    ) -> Result<PlanParams, KernelError> {
+        let heads = Heads { num_kv_heads, head_dim };
+        if self.kernels.as_ref().is_none_or(|kernels| kernels.heads != heads) {
+            self.kernels = Some(self.kernels_for(heads, block_size)?);
+            self.generation += 1;
+        }
+        let kernels = self.kernels.as_ref();
+        let grid = kernels.map_or(1, |kernels| match &kernels.units {
+            Units::Decode(kernel) => kernel.grid(),
+            Units::Simple(kernel) => kernel.grid(),
+        });
+        let prefill_rows = kernels.and_then(|kernels| match &kernels.tiles {
+            Tiles::None => None,
+            Tiles::Sm80(kernel) => Some(kernel.tile_rows()),
+            Tiles::Sm90 { .. } => Some(TILE_ROWS as usize),
+        });
+        let splitting = if self.deterministic { Splitting::ByContext } else { Splitting::Balanced };
+        let params = PlanParams { grid, num_kv_heads, window: None, splitting, prefill_rows, max_slots: 0 };
+        Ok(PlanParams { max_slots: params.slots_for(ROWS_AT_ONCE), ..params })
+    }
+
+    fn kernels_for(&self, heads: Heads, block_size: usize) -> Result<Kernels, KernelError> {
+        let (device, dtype, head_dim) = (&self.device, self.dtype, heads.head_dim);
+        // How many query heads share a kv head is checked by the kernel; 16 are enough for every model that is known.
+        let on_tensor_cores = AttentionDecode::supports(device.arch, dtype, head_dim, 1);
+        let units = if on_tensor_cores {
+            Units::Decode(AttentionDecode::new(device, dtype, head_dim)?)
+        } else {
+            Units::Simple(AttentionSimple::new(device, dtype, head_dim)?)
+        };
+        let shape = Shape {
+            dtype,
+            num_heads: heads.num_kv_heads as u32,
+            num_kv_heads: heads.num_kv_heads as u32,
+            head_dim: head_dim as u32,
+            block_size: block_size as u32,
+        };
+        let tiles = if self.deterministic || !on_tensor_cores {
+            Tiles::None
+        } else if AttentionPrefillSm90::supports(device, &shape) {
+            Tiles::Sm90 { kernel: None, maps: HashMap::new() }
+        } else {
+            Tiles::Sm80(AttentionPrefillSm80::new(device, dtype, head_dim)?)
+        };
+        Ok(Kernels { heads, units, tiles })
+    }
+
+    /// Attention of the rows of `plan`, whose lists are on the device.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if an operand is too small or the plan was made for other heads.
+    pub(crate) fn run(
+        &mut self,
+        operands: &AttentionOperands<'_>,
+        params: &AttentionParams,
+        plan: &AttentionPlan,
+        max_slots: usize,
+    ) -> Result<(), KernelError> {
+        let heads = Heads { num_kv_heads: params.num_kv_heads, head_dim: params.head_dim };
+        if self.kernels.as_ref().is_none_or(|kernels| kernels.heads != heads) {
+            let found = self.kernels.as_ref().map_or(0, |kernels| kernels.heads.head_dim);
+            let what = "head size of the step";
+            return Err(KernelError::Shape { op: "attention", what, wanted: params.head_dim, found });
+        }
+        if !plan.tiles.is_empty() {
+            self.run_tiles(operands, params, plan.tiles.len())?;
+        }
+        if !plan.units.is_empty() {
+            self.run_units(operands, params, plan, max_slots)?;
+        }
+        Ok(())
+    }
+
+    fn run_tiles(
+        &mut self,
+        operands: &AttentionOperands<'_>,
+        params: &AttentionParams,
+        num_tiles: usize,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "attention";
+        let &AttentionOperands { out, qkv, cache, tiles, block_table, num_rows, block_size, num_blocks, .. } = operands;
+        match self.kernels.as_mut().map(|kernels| &mut kernels.tiles) {
+            None | Some(Tiles::None) => {
+                let what = "tiles of prompts".to_owned();
+                Err(KernelError::Unsupported { op: OP, what, backend: "cuda" })
+            }
+            Some(Tiles::Sm80(kernel)) => {
+                let operands = PrefillOperands { out, qkv, cache, tiles, block_table };
+                kernel.run(&self.device, &operands, params, [num_tiles, num_rows, block_size])
+            }
+            Some(Tiles::Sm90 { kernel, maps }) => {
+                let (heads, kv_heads, head_dim) = (params.num_heads, params.num_kv_heads, params.head_dim);
+                let shape = Shape {
+                    dtype: self.dtype,
+                    num_heads: heads as u32,
+                    num_kv_heads: kv_heads as u32,
+                    head_dim: head_dim as u32,
+                    block_size: block_size as u32,
+                };
+                if kernel.as_ref().is_none_or(|kernel| *kernel.shape() != shape) {
+                    *kernel = Some(AttentionPrefillSm90::new(&self.device, shape)?);
+                    maps.clear();
+                }
+                let Some(kernel) = kernel else { return Ok(()) };
+                let size = self.dtype.size_bytes();
+                let values = num_blocks * kv_heads * block_size * head_dim;
+                let [k, v] = cache.map(|half| half.holding(OP, "values of the cache", values, size));
+                let (k, v) = (k?, v?);
+                // A cache at the same address may be another one, of other sizes.
+                let key = k ^ (num_blocks as u64).rotate_left(40);
+                if !maps.contains_key(&key) {
+                    maps.insert(key, kernel.cache_maps(k, v, num_blocks)?);
+                }
+                let operands = Operands {
+                    out: out.holding(OP, "values of the output", num_rows * heads * head_dim, size)?,
+                    qkv: qkv.holding(OP, "values of qkv", num_rows * (heads + 2 * kv_heads) * head_dim, size)?,
+                    cache: &maps[&key],
+                    tiles: tiles.holding(OP, "tiles", num_tiles, 16)?,
+                    num_tiles: num_tiles as u32,
+                    block_table: block_table.holding(OP, "blocks", 1, 4)?,
+                    window: params.window.map_or(0, |window| u32::try_from(window).unwrap_or(u32::MAX)),
+                    scale: params.scale,
+                };
+                // SAFETY: sizes were checked just now, and what tiles and block table name by who made the step.
+                unsafe { kernel.launch(&operands) }
+            }
+        }
+    }
+
+    fn run_units(
+        &mut self,
+        operands: &AttentionOperands<'_>,
+        params: &AttentionParams,
+        plan: &AttentionPlan,
+        max_slots: usize,
+    ) -> Result<(), KernelError> {
+        let wanted = Partials::bytes(max_slots, params.num_heads, params.head_dim);
+        for (buffer, wanted) in self.partials.iter_mut().zip(wanted) {
+            if buffer.bytes() < wanted {
+                *buffer = self.device.alloc("partial attention", wanted)?;
+                self.generation += 1;
+            }
+        }
+        let partials = Partials { out: (&self.partials[0]).into(), ml: (&self.partials[1]).into(), num_slots: max_slots };
+        let Some(kernels) = &self.kernels else { return Ok(()) };
+        for (index, chunk) in plan.chunks.iter().enumerate() {
+            let size = size_of::<DecodeUnit>();
+            let decode = DecodeOperands {
+                out: operands.out,
+                qkv: operands.qkv,
+                num_rows: operands.num_rows,
+                k_cache: operands.cache[0],
+                v_cache: operands.cache[1],
+                block_size: operands.block_size,
+                units: operands.units.rest(chunk.units.start * size)?,
+                num_units: operands.num_units.rest(index * size_of::<u32>())?,
+                block_table: operands.block_table,
+                partials,
+                params,
+            };
+            match &kernels.units {
+                Units::Decode(kernel) => kernel.run(&self.device, &decode)?,
+                Units::Simple(kernel) => kernel.run(&self.device, &decode)?,
+            }
+            if plan.is_split() && !chunk.splits.is_empty() {
+                let splits = operands.splits.rest(chunk.splits.start * size_of::<RowSplits>())?;
+                let (out, splits) = ((operands.out, operands.num_rows), (splits, chunk.splits.len()));
+                let sizes = [params.num_heads, params.head_dim];
+                self.combine.run(&self.device, out, &partials, splits, sizes)?;
+            }
+        }
+        Ok(())
+    }
+}

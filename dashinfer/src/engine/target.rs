@@ -1,0 +1,162 @@
+//! What differs between devices before a backend is there: defaults, types, and how much memory there is.
+
+#[cfg(feature = "cuda")]
+use dashinfer_kernels::cuda;
+use dashinfer_kernels::{DType, KernelError};
+use dashinfer_models::{ModelSpec, StepLimits, StoredType, panel_bytes};
+
+use super::Device;
+use super::load::Opened;
+use super::memory::{DEFAULT_CACHE_BYTES, Spare, available_bytes};
+use crate::Error;
+
+/// The device that a load will use.
+pub(super) enum Target {
+    Cpu,
+    Cuda(cuda::CudaDevice),
+}
+
+impl Target {
+    /// Finds the device that was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it is not there, or this build cannot use it.
+    pub(super) fn open(device: Device) -> Result<Self, Error> {
+        match device {
+            Device::Cpu => Ok(Self::Cpu),
+            Device::Cuda(ordinal) => Ok(Self::Cuda(cuda::CudaDevice::open(ordinal)?)),
+            // A machine without a driver has no GPU for us; one whose GPU does not work says so when it is asked for by name.
+            Device::Auto => Ok(match cuda::num_devices() {
+                Ok(1..) => cuda::CudaDevice::open(0).map_or(Self::Cpu, Self::Cuda),
+                _ => Self::Cpu,
+            }),
+        }
+    }
+
+    pub(super) fn default_batch(&self) -> usize {
+        match self {
+            Self::Cpu => 64,
+            Self::Cuda(_) => 256,
+        }
+    }
+
+    pub(super) fn default_step_tokens(&self) -> usize {
+        match self {
+            Self::Cpu => 512,
+            Self::Cuda(_) => 8192,
+        }
+    }
+
+    /// The type of activations.
+    pub(super) fn compute_type(&self, asked: Option<DType>, opened: &Opened) -> Result<DType, Error> {
+        match self {
+            Self::Cpu => match asked {
+                None | Some(DType::F32) => Ok(DType::F32),
+                Some(dtype) => Err(unsupported(format!("computing in {dtype}"), "cpu")),
+            },
+            Self::Cuda(_) => Ok(asked.unwrap_or_else(|| most_stored(opened))),
+        }
+    }
+
+    /// The type of keys and values.
+    pub(super) fn kv_cache_type(&self, asked: Option<DType>, compute: DType) -> Result<DType, Error> {
+        match self {
+            Self::Cpu => Ok(asked.unwrap_or(compute)),
+            Self::Cuda(_) if asked.is_none_or(|asked| asked == compute) => Ok(compute),
+            Self::Cuda(_) => {
+                let asked = asked.unwrap_or(compute);
+                Err(unsupported(format!("a KV cache in {asked} beside activations in {compute}"), "cuda"))
+            }
+        }
+    }
+
+    /// Bytes of a packed matrix whose weights are stored as `stored`.
+    pub(super) fn packed_bytes(&self, rows: usize, cols: usize, stored: DType, compute: DType) -> usize {
+        match self {
+            Self::Cpu => panel_bytes(rows, cols, stored),
+            Self::Cuda(_) => cuda::packed_bytes(rows, cols, compute),
+        }
+    }
+
+    /// What operators need beside activations.
+    pub(super) fn workspace_bytes(&self, spec: &ModelSpec, limits: StepLimits) -> u64 {
+        match self {
+            Self::Cpu => 0,
+            Self::Cuda(device) => {
+                let params = cuda::WorkspaceParams {
+                    num_heads: spec.attention.num_heads,
+                    num_kv_heads: spec.attention.num_kv_heads,
+                    head_dim: spec.attention.head_dim,
+                    max_logit_rows: limits.max_logit_rows,
+                    vocab_size: spec.vocab_size,
+                };
+                cuda::workspace_bytes(device, &params)
+            }
+        }
+    }
+
+    /// What the device has to give, and how much of it the cache takes when nobody says.
+    pub(super) fn spare_bytes(&self) -> Result<Option<Spare>, Error> {
+        Ok(match self {
+            Self::Cpu => {
+                available_bytes().map(|available| Spare { available, part: (1, 2), most: DEFAULT_CACHE_BYTES })
+            }
+            Self::Cuda(device) => Some(Spare { available: device.memory()?.0, part: (9, 10), most: u64::MAX }),
+        })
+    }
+}
+
+fn unsupported(what: String, backend: &'static str) -> Error {
+    KernelError::Unsupported { op: "load", what, backend }.into()
+}
+
+/// The type in which most of the values are stored.
+fn most_stored(opened: &Opened) -> DType {
+    let source = opened.source.as_ref();
+    let count = |dtype: DType| -> usize {
+        let infos = source.names().into_iter().filter_map(|name| source.info(name));
+        let of_type = infos.filter(|info| info.dtype == StoredType::Float(dtype));
+        of_type.map(|info| info.shape.iter().product::<usize>()).sum()
+    };
+    [DType::BF16, DType::F16, DType::F32].into_iter().max_by_key(|&dtype| count(dtype)).unwrap_or(DType::BF16)
+}
+
+/// A build without GPUs: there is no device that could be opened.
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use dashinfer_kernels::{DType, KernelError};
+
+    pub(crate) enum CudaDevice {}
+
+    impl CudaDevice {
+        pub(crate) fn open(ordinal: usize) -> Result<Self, KernelError> {
+            let wanted = format!("CUDA device {ordinal}");
+            Err(KernelError::NoDevice { wanted, found: "a build of dashinfer without the feature `cuda`".to_owned() })
+        }
+
+        pub(crate) fn memory(&self) -> Result<(u64, u64), KernelError> {
+            match *self {}
+        }
+    }
+
+    pub(crate) fn num_devices() -> Result<usize, KernelError> {
+        Ok(0)
+    }
+
+    pub(crate) fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
+        rows * cols * dtype.size_bytes()
+    }
+
+    #[expect(dead_code, reason = "there is no device to ask for its workspace")]
+    pub(crate) struct WorkspaceParams {
+        pub(crate) num_heads: usize,
+        pub(crate) num_kv_heads: usize,
+        pub(crate) head_dim: usize,
+        pub(crate) max_logit_rows: usize,
+        pub(crate) vocab_size: usize,
+    }
+
+    pub(crate) fn workspace_bytes(device: &CudaDevice, _: &WorkspaceParams) -> u64 {
+        match *device {}
+    }
+}
