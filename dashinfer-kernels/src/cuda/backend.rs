@@ -57,7 +57,12 @@ impl CudaTensor {
     fn resize(&mut self, op: &'static str, rows: usize, cols: usize) -> Result<(), KernelError> {
         check(op, "columns of the output", cols, self.cols)?;
         if rows > self.max_rows {
-            return Err(KernelError::Shape { op, what: "room for rows in the output", wanted: rows, found: self.max_rows });
+            return Err(KernelError::Shape {
+                op,
+                what: "room for rows in the output",
+                wanted: rows,
+                found: self.max_rows,
+            });
         }
         self.rows = rows;
         Ok(())
@@ -155,7 +160,10 @@ struct RowScratch {
 
 impl std::fmt::Debug for CudaBackend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CudaBackend").field("device", &self.device).field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("CudaBackend")
+            .field("device", &self.device)
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 

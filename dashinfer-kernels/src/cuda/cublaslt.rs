@@ -180,7 +180,10 @@ impl CublasLt {
         let desc = MatmulDesc::new()?;
         desc.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSE)?;
         if has_bias {
-            desc.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32))?;
+            desc.set(
+                Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                &(sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32),
+            )?;
             desc.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(data_type(out) as i32))?;
             // Any address, so that the heuristic sees that there is one.
             desc.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &self.workspace.ptr())?;

@@ -158,9 +158,9 @@ mod tests {
 
     #[test]
     fn values_are_converted_to_the_nearest() {
-        let source: Vec<u8> = [1.0f32, -2.5, 3.140_625, 1.0 + 1.0 / 512.0].iter().flat_map(|x| x.to_le_bytes()).collect();
-        let piece =
-            Piece { source: Source { bytes: &source, dtype: DType::F32 }, first: 1, len: 3, offset: 0 };
+        let source: Vec<u8> =
+            [1.0f32, -2.5, 3.140_625, 1.0 + 1.0 / 512.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let piece = Piece { source: Source { bytes: &source, dtype: DType::F32 }, first: 1, len: 3, offset: 0 };
         let mut to = [0; 6];
         convert(&mut to, &piece, DType::BF16);
         let found: Vec<f32> = (0..3).map(|i| element(&to, DType::BF16, i)).collect();

@@ -67,7 +67,10 @@ enum Tiles {
     None,
     Sm80(AttentionPrefillSm80),
     /// Made when the number of query heads is known. The maps are those of a layer, found by the address of its keys.
-    Sm90 { kernel: Option<AttentionPrefillSm90>, maps: HashMap<u64, CacheMaps> },
+    Sm90 {
+        kernel: Option<AttentionPrefillSm90>,
+        maps: HashMap<u64, CacheMaps>,
+    },
 }
 
 #[derive(Debug)]
@@ -271,7 +274,8 @@ impl Attention {
                 self.generation += 1;
             }
         }
-        let partials = Partials { out: (&self.partials[0]).into(), ml: (&self.partials[1]).into(), num_slots: max_slots };
+        let partials =
+            Partials { out: (&self.partials[0]).into(), ml: (&self.partials[1]).into(), num_slots: max_slots };
         let Some(kernels) = &self.kernels else { return Ok(()) };
         for (index, chunk) in plan.chunks.iter().enumerate() {
             let size = size_of::<DecodeUnit>();

@@ -194,9 +194,9 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::cuda::plan::PrefillTile;
     use crate::cuda::device::test_device;
     use crate::cuda::memory::{Buffer, Event};
+    use crate::cuda::plan::PrefillTile;
     use crate::to_f32;
 
     /// SplitMix64.

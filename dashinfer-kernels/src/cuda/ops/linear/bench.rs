@@ -212,7 +212,8 @@ fn bench_linear_tiles() {
                 .filter_map(|&tile| Some((bench.rows(m, shape, candidate(tile))?, tile)))
                 .collect();
             times.sort();
-            let best: Vec<_> = times.iter().take(3).map(|&(time, tile)| format!("{tile:?} {}", rate(Some(time), m, n, k))).collect();
+            let best: Vec<_> =
+                times.iter().take(3).map(|&(time, tile)| format!("{tile:?} {}", rate(Some(time), m, n, k))).collect();
             eprintln!("{name:<13} {m:>3} | {}", best.join(" | "));
         }
     }

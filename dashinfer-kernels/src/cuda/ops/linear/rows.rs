@@ -58,10 +58,34 @@ pub(crate) fn tiles(arch: Arch) -> &'static [Tile] {
 pub(crate) fn tile_for(arch: Arch, num_sms: u32, m: usize, n: usize) -> Tile {
     let wide = n >= 32 * 4 * num_sms as usize;
     match m {
-        0..=8 => if wide { ROWS_8_WIDE } else { ROWS_8 },
-        9..=16 => if wide { ROWS_16_WIDE } else { ROWS_16 },
-        17..=32 => if arch.number() >= 90 { ROWS_32_CLUSTER } else { ROWS_32 },
-        _ => if arch.number() >= 90 { ROWS_64_CLUSTER } else { ROWS_64 },
+        0..=8 => {
+            if wide {
+                ROWS_8_WIDE
+            } else {
+                ROWS_8
+            }
+        }
+        9..=16 => {
+            if wide {
+                ROWS_16_WIDE
+            } else {
+                ROWS_16
+            }
+        }
+        17..=32 => {
+            if arch.number() >= 90 {
+                ROWS_32_CLUSTER
+            } else {
+                ROWS_32
+            }
+        }
+        _ => {
+            if arch.number() >= 90 {
+                ROWS_64_CLUSTER
+            } else {
+                ROWS_64
+            }
+        }
     }
 }
 
@@ -113,12 +137,7 @@ impl Rows {
     ///
     /// # Safety
     /// As for [`run_with`](Self::run_with).
-    pub(super) unsafe fn run(
-        &self,
-        device: &Arc<Device>,
-        operands: &Operands,
-        gated: bool,
-    ) -> Result<(), KernelError> {
+    pub(super) unsafe fn run(&self, device: &Arc<Device>, operands: &Operands, gated: bool) -> Result<(), KernelError> {
         let tile = tile_for(device.arch, device.num_sms, operands.m, operands.n * if gated { 2 } else { 1 });
         // SAFETY: the caller's promise.
         unsafe { self.run_with(device, operands, gated, tile) }
@@ -146,8 +165,7 @@ impl Rows {
             found: blocks,
         })?;
         let block = (32 * tile.row_warps * tile.k_warps) as u32;
-        let mut args =
-            Args::new().ptr(out).ptr(x).ptr(weight).ptr(bias_f32).i32(m as i32).i32(n as i32).i32(k as i32);
+        let mut args = Args::new().ptr(out).ptr(x).ptr(weight).ptr(bias_f32).i32(m as i32).i32(n as i32).i32(k as i32);
         // SAFETY: these are the kernel's parameters; the rest is the caller's promise.
         unsafe { kernel.launch(device, Launch { grid: [grid as u32, 1, 1], block, shared: 0 }, &mut args) }
     }

@@ -114,7 +114,13 @@ fn few_rows_of_every_number_agree_with_the_sum() {
     }
     // Enough columns for the wide tiles.
     for m in [2, 16] {
-        check(&device, LinearMode::RowsAlone, DType::BF16, [m, 32 * 4 * device.num_sms as usize + 5, 72], &[DType::BF16]);
+        check(
+            &device,
+            LinearMode::RowsAlone,
+            DType::BF16,
+            [m, 32 * 4 * device.num_sms as usize + 5, 72],
+            &[DType::BF16],
+        );
     }
 }
 
