@@ -206,7 +206,10 @@ fn judge(
     let (kernels, others) = ptxas::read(&compiled.log);
     group.num_bytes += compiled.cubin.len();
     group.num_kernels += kernels.len();
-    for line in others.into_iter().take(MAX_LOG_LINES) {
+    // NVRTC 12's own news of SM70.
+    for line in
+        others.into_iter().filter(|line| !line.contains("are deprecated and may be removed")).take(MAX_LOG_LINES)
+    {
         group.notes.push(format!("{options}: {line}"));
     }
     if kernels.is_empty() {
