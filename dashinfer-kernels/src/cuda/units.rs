@@ -106,6 +106,13 @@ const HALVES: &[DType] = &[DType::F16, DType::BF16];
 
 /// Every file of device code.
 pub static UNITS: &[Listed] = &[
+    Listed { unit: &ops::attention_combine::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed {
+        unit: &ops::attention_decode::UNIT,
+        archs: Archs::SINCE_SM80,
+        types: HALVES,
+        variants: |_| ops::attention_decode::VARIANTS.iter().map(|variant| variant.options().to_vec()).collect(),
+    },
     Listed {
         unit: &ops::attention_prefill_sm80::UNIT,
         archs: Archs::SINCE_SM80,
@@ -122,6 +129,14 @@ pub static UNITS: &[Listed] = &[
         variants: |_| {
             let of = |head_dim| vec![format!("-DHEAD_DIM={head_dim}"), "-DTAKE_TURNS=1".to_string()];
             [64, 80, 96, 128, 192, 256].map(of).to_vec()
+        },
+    },
+    Listed {
+        unit: &ops::attention_simple::UNIT,
+        archs: Archs::ALL,
+        types: ALL_TYPES,
+        variants: |_| {
+            ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| vec![ops::attention_simple::option(pairs)]).collect()
         },
     },
     Listed { unit: &ops::convert::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
