@@ -177,6 +177,8 @@ struct Bench {
     limits: Limits,
     /// Of the weights.
     dtype: DType,
+    /// When loading began.
+    start: Instant,
 }
 
 /// One line of the output.
@@ -230,7 +232,7 @@ impl Bench {
         let kv_bytes_per_token = load.estimate()?.kv_bytes_per_token;
         let engine = load.kv_cache_bytes(cached as u64 * kv_bytes_per_token).blocking()?;
         let work = Work::new(&spec, engine.model().weight_bytes, dtype.size_bytes(), kv_bytes_per_token);
-        let bench = Self { options, engine, work, limits, dtype };
+        let bench = Self { options, engine, work, limits, dtype, start };
         if !bench.options.json {
             bench.print_head(start.elapsed());
         }
@@ -251,7 +253,7 @@ impl Bench {
             _ => "a product of bf16 matrices".to_owned(),
         };
         println!(
-            "limits: {:.1} GB/s read, {:.1} GFLOP/s of {what}\n",
+            "limits: {:.1} GB/s read, {:.1} GFLOP/s of {what}",
             self.limits.bytes_per_second / 1e9,
             self.limits.flops_per_second / 1e9,
         );
@@ -265,6 +267,10 @@ impl Bench {
     }
 
     fn run(&self) -> Result<(), Box<dyn Error>> {
+        self.best_of(1, &self.prompts(1, 16), 1)?;
+        if !self.options.json {
+            println!("first token {:.2} s after loading began\n", self.start.elapsed().as_secs_f64());
+        }
         // The first steps touch memory for the first time.
         self.best_of(1, &self.prompts(1, 16), 2)?;
         for &Prompts { batch, length } in &self.options.prefill {

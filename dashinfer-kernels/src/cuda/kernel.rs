@@ -75,9 +75,9 @@ impl Kernel {
         Ok(Self { function, _module: module, programmatic: device.arch.number() >= 90 })
     }
 
-    /// Lets blocks have up to `bytes` of dynamic shared memory: above 48 KB it must be asked for, once.
+    /// Lets blocks have up to `bytes` of dynamic shared memory: what exceeds 48 KB, with the kernel's own, must be asked for, once.
     pub(crate) fn with_shared(self, bytes: u32) -> Result<Self, KernelError> {
-        if bytes > 48 << 10 {
+        if bytes > 32 << 10 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is loaded.
             let result = unsafe { sys::cuFuncSetAttribute(self.function, attribute, bytes as i32) };

@@ -137,7 +137,9 @@ pub static UNITS: &[Listed] = &[
         unit: &ops::attention_simple::UNIT,
         archs: Archs::ALL,
         types: ALL_TYPES,
-        variants: |_| ops::attention_simple::PAIRS.iter().map(|(pairs, _)| vec![format!("-DPAIRS={pairs}")]).collect(),
+        variants: |_| {
+            ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| vec![ops::attention_simple::option(pairs)]).collect()
+        },
     },
     Listed { unit: &ops::convert::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },

@@ -17,6 +17,11 @@ const OP: &str = "attention_simple";
 /// that its registers allow.
 pub(crate) static PAIRS: &[(usize, u32)] = &[(1, 6), (2, 4), (3, 3), (4, 2)];
 
+/// The compiler's option.
+pub(crate) fn option(pairs: usize) -> String {
+    format!("-DPAIRS={pairs}")
+}
+
 /// Attention of rows over their cached positions, for any type, see `attention_simple.cu`.
 #[derive(Debug)]
 pub(crate) struct AttentionSimple {
@@ -36,7 +41,7 @@ impl AttentionSimple {
             let what = format!("a head size of {head_dim}");
             KernelError::Unsupported { op: OP, what, backend: "cuda" }
         })?;
-        let kernel = typed_kernel(device, &UNIT, dtype, &[&format!("-DPAIRS={pairs}")], OP)?;
+        let kernel = typed_kernel(device, &UNIT, dtype, &[&option(pairs)], OP)?;
         Ok(Self { kernel, dtype, head_dim, grid: device.num_sms * blocks })
     }
 
