@@ -11,7 +11,8 @@
 // copies and guarded by __syncwarp alone, and its own running softmax and accumulator over all of D. The four merge in
 // shared memory in the order of the warps. So a result depends on the row and its range only, not on block or batch.
 //
-// Ring: [4 warps][STAGES][16][D] T, keys and values of a chunk in two stages, one after the other; 96 KB at most.
+// Shared: rings [4 warps][STAGES][16][D] T, keys and values of a chunk in two stages, one after the other; then m and l of
+// the warps [4][16][2] f32. 96.5 KB at most.
 // Limit: memory, 4 * K * D bytes a position, each read once. At D = 128: 80 KB are on their way in each block, two blocks
 // to a multiprocessor of SM90.
 #include "attention_units.cuh"
@@ -103,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
     wait_for_inputs();
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) u8 rings[];
-    __shared__ float2 of_warp[NUM_WARPS][16]; // m and l of each head
+    float2(*const of_warp)[16] = reinterpret_cast<float2(*)[16]>(rings + NUM_WARPS * RING_BYTES); // m and l of each head
 
     const u32 warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 g = lane / 4, t = lane % 4;

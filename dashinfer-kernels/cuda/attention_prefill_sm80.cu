@@ -48,7 +48,9 @@ constexpr int M_TILES = TILE_M / (NUM_WARPS * 16); // of 16 rows, to a warp
 constexpr int GROUP = 16;                          // positions that lie in one block whatever its size
 constexpr int NUM_GROUPS = TILE_N / GROUP;
 // The queries stay in registers where those suffice; else they are read again for each tile of positions.
-constexpr bool KEEP_Q = M_TILES * (D / 4 + D / 2 + TILE_N / 2) <= 192;
+constexpr bool KEEP_Q = M_TILES * (D / 4 + D / 2 + TILE_N / 2) <= 168;
+// Steps of the product with the keys that the compiler may mix: all of them need more registers than there are.
+constexpr int Q_UNROLL = D < 128 || KEEP_Q ? D / 16 : 4;
 constexpr int KEY_SHIFT = C % 8 == 0 ? 0 : C % 8 == 4 ? 1 : 2;
 constexpr int KEY_MASK = C % 8 == 0 ? 7 : C % 8 == 4 ? 3 : 1;
 static_assert(D % 16 == 0 && C % 2 == 0 && D <= 256, "head size");
@@ -94,7 +96,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     const PrefillTile tile = tiles[gridDim.x - 1 - blockIdx.x];
     const u32 head = blockIdx.y, kv_head = head / (num_heads / num_kv_heads);
-    const u32 tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const u32 tid = threadIdx.x, lane = tid % 32, g = lane / 4, t = lane % 4;
+    const u32 warp = __shfl_sync(ALL_LANES, tid / 32, 0); // so that the compiler knows a warp's branches to be uniform
+    const u32 block_bits = 31 - __clz(block_size);
     const u32 q_smem = smem_u32(shared), k_smem = q_smem + TILE_M * D * 2, v_smem = k_smem + TILE_N * D * 2;
 
     // Positions that any of the tile's rows sees.
@@ -104,18 +108,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     auto find_group = [&](u32 position) -> u32 {
         if (position >= kv_end || position + GROUP <= kv_begin) return 0; // nothing of it is read
-        const u32 block = block_table[tile.first_block + position / block_size];
-        return (block * num_kv_heads + kv_head) * block_size + position % block_size;
+        const u32 block = block_table[tile.first_block + (position >> block_bits)];
+        return ((block * num_kv_heads + kv_head) << block_bits) + (position & (block_size - 1));
     };
-    // Copies the keys or values of TILE_N positions; `slot` of group_row says where they lie.
+    // Copies the keys or values of TILE_N positions; `slot` of group_row says where they lie. Rows that are not seen have an
+    // address in the cache too (of their block, or of the first), from which nothing is read.
     auto fetch = [&](u32 to, const T* cache, u32 position, u32 slot) {
+        constexpr u32 PIECES = TILE_N * C / THREADS, ROWS = THREADS / C; // of a thread; that the threads cover at once
+        static_assert(TILE_N * C % THREADS == 0, "whole rounds of pieces");
+        // All groups first: a copy is a barrier to the compiler, behind which it would read shared memory again.
+        u32 cache_row[PIECES];
 #pragma unroll
-        for (u32 n = 0; n < (TILE_N * C + THREADS - 1) / THREADS; n++) {
+        for (u32 n = 0; n < PIECES; n++) {
+            const u32 row = (tid + n * THREADS) / C;
+            const u32 group = THREADS % C == 0 && GROUP % ROWS == 0 ? n * ROWS / GROUP : row / GROUP;
+            cache_row[n] = group_row[slot][group];
+        }
+#pragma unroll
+        for (u32 n = 0; n < PIECES; n++) {
             const u32 i = tid + n * THREADS, row = i / C, c = i % C;
-            if (TILE_N * C % THREADS != 0 && i >= TILE_N * C) break;
-            const bool seen = position + row - kv_begin < kv_end - kv_begin;
-            const T* from = cache + size_t(group_row[slot][row / GROUP] + row % GROUP) * D + c * 8;
-            cp_async_16(to + piece_at(row, c), seen ? from : cache, seen);
+            const T* from = cache + c * 8 + size_t(cache_row[n] + row % GROUP) * D;
+            cp_async_16(to + piece_at(row, c), from, position + row - kv_begin < kv_end - kv_begin);
         }
     };
 
@@ -178,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const bool sees = has_rows && start <= warp_last && start + TILE_N > warp_begin;
         float s[M_TILES][TILE_N / 8][4] = {};
         if (sees) {
-#pragma unroll
+#pragma unroll Q_UNROLL
             for (int step = 0; step < D / 16; step++) {
                 u32 read_q[M_TILES][4];
                 if constexpr (!KEEP_Q) load_q(read_q, step);

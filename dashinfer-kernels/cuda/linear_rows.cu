@@ -10,9 +10,10 @@
 //   a unit: 64 k = 128 bytes of a row; half h of it, lane 4 g + t:  w row g and row g + 8, x row g:  k = 32 h + 8 t .. + 8
 //   product 1 takes elements 0, 1 (as its k = 2t, 2t + 1) and 2, 3 (2t + 8, 2t + 9); product 2 takes 4, 5 and 6, 7.
 //
-// The sum has a fixed form: K is cut into PARTS contiguous parts, each is summed in order of k, then the parts in order.
-// Who sums a part (a warp, a block of the cluster, a later round of the same warp) is a matter of the macros below and
-// changes no bit. So a row of out depends on neither M, nor its neighbours, nor TILE_M.
+// The sum has a fixed form: part p is the units p, p + PARTS, p + 2 * PARTS, .. in order, and then the parts are added in
+// order. Who sums a part (a warp, a block of the cluster, a later round of the same warp) is a matter of the macros below and
+// changes no bit. So a row of out depends on neither M, nor its neighbours, nor TILE_M. Parts are interleaved so that those
+// who sum them, in step, read a row's neighbouring units at about the same time: DRAM likes long runs.
 //
 // A cluster of CLUSTER blocks makes a tile of ROWS weight rows and TILE_M rows of x; the tiles of the same weight rows lie
 // next to each other in the grid, so that L2 serves all but the first: num_blocks = ceil(N / OUT_COLS) * ceil(M / TILE_M)
@@ -60,6 +61,7 @@ using Out = T;
 
 constexpr int PARTS = 8;
 constexpr int UNIT = 64;
+constexpr int STRIDE = PARTS * UNIT;                 // from a part's unit to its next
 constexpr int ROUNDS = PARTS / (K_WARPS * CLUSTER);
 constexpr int THREADS = 32 * ROW_WARPS * K_WARPS;
 constexpr int N_TILES = TILE_M / 8;
@@ -76,9 +78,6 @@ constexpr int SMEM = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES; // first x, then
 static_assert(ROUNDS * K_WARPS * CLUSTER == PARTS, "parts do not divide");
 static_assert(STAGES >= 2 && SMEM <= 48 * 1024, "more shared memory than a block has");
 static_assert(sizeof(T) == 2, "16-bit types");
-
-// The units of part `part`: [part_begin(part), part_begin(part + 1)).
-__device__ __forceinline__ int part_begin(int part, int num_units) { return int(i64(num_units) * part / PARTS); }
 
 // Eight values at `from`, of which `valid` (possibly more, or less than none) exist; zeros for the others.
 __device__ __forceinline__ uint4 load8_or_zero(const T* from, int valid) {
@@ -163,17 +162,28 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
     const int num_units = (num_k + UNIT - 1) / UNIT;
     const int x_row = (row_warp * 32 + lane) / 8, x_piece = lane % 8; // and rows ROW_WARPS * 4 further
 
-    // What this warp sums: units [unit, end) of its part; the pointers are kept at `unit`.
-    int part = block * K_WARPS + k_warp, unit, end;
-    const T* w_at[ROW_GROUPS][2]; // eight values of rows g and g + 8
-    const T* x_at;                // eight values that this lane copies
+    // What this warp sums: a part's units from `unit` on, where the pointers are kept.
+    int part = block * K_WARPS + k_warp, unit = 0;
+    const T* x_at = x + size_t(first_row + x_row) * num_k + x_piece * 8; // eight values that this lane copies
+    const T* w_at[ROW_GROUPS][2];                                        // eight values of rows g and g + 8
+#pragma unroll
+    for (int r = 0; r < ROW_GROUPS; r++) {
+        const int group = row_warp * ROW_GROUPS + r;
+#pragma unroll
+        for (int high = 0; high < 2; high++) {
+            // Rows past the end repeat the last; nothing is stored for them.
+            const int col = first_col + (GATED ? group * 8 + g : group * 16 + high * 8 + g);
+            const int row = min(col, num_cols - 1) + (GATED ? high * num_cols : 0);
+            w_at[r][high] = w + size_t(row) * num_k + 8 * t;
+        }
+    }
 
     uint4 weights[STAGES][ROW_GROUPS][2][2]; // [stage][group][row g, g + 8][half of the unit]
     const auto load_weights = [&](uint4 (&to)[ROW_GROUPS][2][2], int ahead) {
-        const int left = min(num_k, end * UNIT) - (unit * UNIT + 8 * t);
+        const int left = num_k - (unit * UNIT + 8 * t);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int k = ahead * UNIT + half * 32;
+            const int k = ahead * STRIDE + half * 32;
 #pragma unroll
             for (int r = 0; r < ROW_GROUPS; r++)
 #pragma unroll
@@ -181,21 +191,12 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
         }
     };
     const auto start_part = [&] {
-        unit = part_begin(part, num_units), end = part_begin(part + 1, num_units);
+        const int further = (part - unit) * UNIT;
+        unit = part, x_at += further;
 #pragma unroll
-        for (int r = 0; r < ROW_GROUPS; r++) {
-            const int group = row_warp * ROW_GROUPS + r;
-#pragma unroll
-            for (int high = 0; high < 2; high++) {
-                // Rows past the end repeat the last; nothing is stored for them.
-                const int col = first_col + (GATED ? group * 8 + g : group * 16 + high * 8 + g);
-                const int row = min(col, num_cols - 1) + (GATED ? high * num_cols : 0);
-                w_at[r][high] = w + size_t(row) * num_k + unit * UNIT + 8 * t;
-            }
-        }
-        x_at = x + size_t(first_row + x_row) * num_k + unit * UNIT + x_piece * 8;
+        for (int r = 0; r < ROW_GROUPS; r++) w_at[r][0] += further, w_at[r][1] += further;
         // The branch keeps these loads before the wait for inputs: straight code is scheduled with the wait first.
-        if (unit < end) {
+        if (unit < num_units) {
 #pragma unroll
             for (int s = 0; s < STAGES; s++) load_weights(weights[s], s);
         }
@@ -207,11 +208,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
     const u32 x_to = x_ring + x_row * 128 + (x_piece ^ (x_row % 2 * 4)) * 16;
     const u32 x_lane = x_ring + g * 128 + (t ^ (g % 2 * 4)) * 16;
     const auto stage_x = [&](int stage, int ahead) {
-        const int left = min(num_k, end * UNIT) - (unit * UNIT + x_piece * 8) - ahead * UNIT;
+        const int left = num_k - (unit * UNIT + x_piece * 8) - ahead * STRIDE;
         if (ROW_WARPS * 4 > TILE_M && x_row >= TILE_M) return;
 #pragma unroll(ALIGNED ? TILE_M : 1) // single values need many registers
         for (int row = 0; row < TILE_M; row += ROW_WARPS * 4) {
-            const T* from = x_at + size_t(row) * num_k + ahead * UNIT;
+            const T* from = x_at + size_t(row) * num_k + ahead * STRIDE;
             const u32 to = x_to + stage * X_UNIT + row * 128;
             const int valid = first_row + x_row + row < num_rows ? left : 0;
 #if ALIGNED
@@ -236,10 +237,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
         }
         float sums[ROW_GROUPS][N_TILES][4] = {};
 #pragma unroll 1
-        for (; unit < end; unit += STAGES) {
+        for (; unit < num_units; unit += STAGES * PARTS) {
 #pragma unroll
             for (int s = 0; s < STAGES; s++) {
-                if (unit + s >= end) break;
+                if (unit + s * PARTS >= num_units) break;
                 cp_async_wait<STAGES - 2>();
                 sync_row_warps(k_warp); // this stage is there, and nobody reads the one before any more
                 stage_x((s + STAGES - 1) % STAGES, s + STAGES - 1);
@@ -272,9 +273,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
                 }
                 load_weights(weights[s], s + STAGES);
             }
-            x_at += STAGES * UNIT;
+            x_at += STAGES * STRIDE;
 #pragma unroll
-            for (int r = 0; r < ROW_GROUPS; r++) w_at[r][0] += STAGES * UNIT, w_at[r][1] += STAGES * UNIT;
+            for (int r = 0; r < ROW_GROUPS; r++) w_at[r][0] += STAGES * STRIDE, w_at[r][1] += STAGES * STRIDE;
         }
         if (round + 1 < ROUNDS) {
             part += K_WARPS * CLUSTER;

@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::OnceLock;
 
-use common::{Answer, FERRIS, Random, complete, complete_all, load};
+use common::{Answer, FERRIS, Random, complete, complete_all, load, on_test_device};
 use dashinfer::{Completion, Engine, Load, Request};
 
 /// A prompt of several blocks, and of no whole number of them.
@@ -40,7 +40,7 @@ fn answers(engine: &Engine) -> Vec<Answer> {
 
 /// A cache that does not take long to make.
 fn small(load: Load) -> Load {
-    load.max_context(512)
+    load.max_context(512).deterministic(true)
 }
 
 #[track_caller]
@@ -127,7 +127,7 @@ fn in_chunks_of_any_size() {
 #[test]
 fn on_any_number_of_threads() {
     for threads in [1, 2, 3] {
-        let engine = small(Engine::load(FERRIS)).threads(threads).blocking().unwrap();
+        let engine = on_test_device(small(Engine::load(FERRIS))).threads(threads).blocking().unwrap();
         assert_eq!(answers(&engine), expected(), "{threads} threads");
     }
 }
@@ -136,9 +136,10 @@ fn on_any_number_of_threads() {
 fn preempted_or_not() {
     // Blocks for one sequence of the whole context, which hold all three of ours.
     let context = 512;
-    let kv_cache_bytes = context as u64 * Engine::estimate(FERRIS).unwrap().kv_bytes_per_token;
+    let per_token = on_test_device(Engine::load(FERRIS)).estimate().unwrap().kv_bytes_per_token;
+    let kv_cache_bytes = context as u64 * per_token;
     for prefix_cache in [true, false] {
-        let settings = Engine::load(FERRIS).max_context(context).kv_cache_bytes(kv_cache_bytes);
+        let settings = Engine::load(FERRIS).max_context(context).kv_cache_bytes(kv_cache_bytes).deterministic(true);
         let engine = load(settings.block_size(16).prefix_cache(prefix_cache));
         assert_eq!(engine.model().kv_cache_tokens, context);
         let mut ours: Vec<_> = requests().into_iter().map(|request| engine.blocking().generate(request)).collect();

@@ -200,6 +200,12 @@ impl CudaBackend {
         })
     }
 
+    /// The type of weights, activations and cache.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.config.dtype
+    }
+
     fn check_attention(
         &self,
         op: &'static str,

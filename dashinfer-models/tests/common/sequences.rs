@@ -1,9 +1,25 @@
 //! Sequences over a paged cache: makes batches without a scheduler.
 
-use dashinfer_kernels::{Backend, DType, SequenceRows};
+use dashinfer_kernels::{Backend, DType, SequenceRows, cpu::CpuBackend};
 use dashinfer_models::{Decoder, ForwardBatch};
 
 pub(crate) const BLOCK_SIZE: usize = 16;
+
+/// The type of the cache that a backend is tested with.
+pub(crate) trait CacheType: Backend {
+    fn cache_type(&self) -> DType {
+        DType::F32
+    }
+}
+
+impl CacheType for super::reference::Reference {}
+impl CacheType for CpuBackend {}
+#[cfg(feature = "cuda")]
+impl CacheType for dashinfer_kernels::cuda::CudaBackend {
+    fn cache_type(&self) -> DType {
+        self.dtype()
+    }
+}
 
 /// A decoder, its cache, and sequences that grow in it. Blocks are dealt in an order that no sequence's are neighbours.
 pub(crate) struct Runner<'a, B: Backend> {
@@ -28,10 +44,11 @@ pub(crate) enum Wanted {
     None,
 }
 
-impl<'a, B: Backend> Runner<'a, B> {
+impl<'a, B: CacheType> Runner<'a, B> {
     pub(crate) fn new(decoder: &'a mut Decoder<B>, num_sequences: usize) -> Self {
         let num_blocks = 97; // a prime, so that any stride deals every block once
-        let spec = decoder.spec().kv_cache(BLOCK_SIZE, num_blocks, DType::F32);
+        let dtype = decoder.backend().cache_type();
+        let spec = decoder.spec().kv_cache(BLOCK_SIZE, num_blocks, dtype);
         let cache = decoder.backend().kv_cache(&spec).unwrap();
         let sequences = (0..num_sequences).map(|_| Sequence::default()).collect();
         Self { decoder, cache, num_blocks, dealt: 0, sequences }

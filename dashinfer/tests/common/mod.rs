@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use dashinfer::{Completion, Engine, Load, Request};
+use dashinfer::{Completion, ComputeType, Device, Engine, Load, Request};
 use futures::executor::block_on;
 use futures::future::join_all;
 use safetensors::SafeTensors;
@@ -35,11 +35,20 @@ pub fn golden_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// Loads, to compute on one thread: tests run beside each other already, and threads of a pool that wait for cores which
-/// others have are slow.
+/// Loads, on the device that `DASHINFER_TEST_DEVICE` names (`cpu` if it does not), in the type that `DASHINFER_TEST_COMPUTE` names.
+/// On the CPU one thread computes: tests run beside each other already, and threads of a pool that wait for cores which others
+/// have are slow.
 #[track_caller]
 pub fn load(load: Load) -> Engine {
-    load.threads(1).blocking().unwrap()
+    on_test_device(load).blocking().unwrap()
+}
+
+/// The settings of [`load`].
+#[track_caller]
+pub fn on_test_device(load: Load) -> Load {
+    let device = std::env::var("DASHINFER_TEST_DEVICE").map_or(Device::Cpu, |device| device.parse().unwrap());
+    let compute = std::env::var("DASHINFER_TEST_COMPUTE").map_or(ComputeType::Auto, |compute| compute.parse().unwrap());
+    load.threads(1).device(device).compute(compute)
 }
 
 /// What the reference implementation says.

@@ -42,7 +42,7 @@ impl AttentionCombine {
         (splits, num_splits): (Span<'_>, usize),
         [num_heads, head_dim]: [usize; 2],
     ) -> Result<(), KernelError> {
-        if head_dim % 2 != 0 || head_dim > 256 {
+        if !head_dim.is_multiple_of(2) || head_dim > 256 {
             let what = format!("a head size of {head_dim}");
             return Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
         }

@@ -30,7 +30,8 @@ impl AttentionSimple {
     /// # Errors
     /// [`KernelError::Unsupported`] if the head size is odd or above 256, and what compiling may say.
     pub(crate) fn new(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Result<Self, KernelError> {
-        let variant = PAIRS.iter().find(|(pairs, _)| head_dim > 0 && head_dim % 2 == 0 && head_dim <= 64 * pairs);
+        let variant =
+            PAIRS.iter().find(|(pairs, _)| head_dim > 0 && head_dim.is_multiple_of(2) && head_dim <= 64 * pairs);
         let &(pairs, blocks) = variant.ok_or_else(|| {
             let what = format!("a head size of {head_dim}");
             KernelError::Unsupported { op: OP, what, backend: "cuda" }

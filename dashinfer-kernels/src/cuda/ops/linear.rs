@@ -57,7 +57,7 @@ fn way_for(arch: Arch, dtype: DType, [m, n, k]: [usize; 3], mode: LinearMode) ->
     if few || mode == LinearMode::RowsAlone { Way::Rows } else { Way::CublasLt }
 }
 
-/// A layer's weights.
+/// The weights of a dense layer on a GPU.
 #[derive(Debug)]
 pub struct CudaLinear {
     /// `[rows, cols]`, as in the checkpoint.

@@ -39,8 +39,7 @@ const ROWS_8: Tile = tile([8, 1, 1, 8, 1, 3, 3]);
 const ROWS_8_WIDE: Tile = tile([8, 2, 1, 8, 1, 2, 2]);
 const ROWS_16: Tile = tile([16, 1, 1, 8, 1, 3, 2]);
 const ROWS_16_WIDE: Tile = tile([16, 2, 1, 8, 1, 2, 2]);
-const ROWS_32: Tile = tile([32, 2, 1, 4, 1, 2, 2]);
-const ROWS_64: Tile = tile([64, 1, 4, 2, 1, 2, 1]);
+const ROWS_32: Tile = tile([32, 1, 2, 4, 1, 2, 2]);
 // With clusters: x is staged once for more weight rows, and there are blocks enough all the same.
 const ROWS_32_CLUSTER: Tile = tile([32, 2, 2, 2, 4, 3, 3]);
 const ROWS_64_CLUSTER: Tile = tile([64, 2, 4, 1, 8, 2, 3]);
@@ -50,42 +49,23 @@ pub(crate) fn tiles(arch: Arch) -> &'static [Tile] {
     if arch.number() >= 90 {
         &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_CLUSTER]
     } else {
-        &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32, ROWS_64]
+        &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32]
     }
 }
 
 /// The tile for `m` rows of x and `n` weight rows. Wide ones halve what is read of x, if there is work enough for all SMs.
 pub(crate) fn tile_for(arch: Arch, num_sms: u32, m: usize, n: usize) -> Tile {
     let wide = n >= 32 * 4 * num_sms as usize;
-    match m {
-        0..=8 => {
-            if wide {
-                ROWS_8_WIDE
-            } else {
-                ROWS_8
-            }
-        }
-        9..=16 => {
-            if wide {
-                ROWS_16_WIDE
-            } else {
-                ROWS_16
-            }
-        }
-        17..=32 => {
-            if arch.number() >= 90 {
-                ROWS_32_CLUSTER
-            } else {
-                ROWS_32
-            }
-        }
-        _ => {
-            if arch.number() >= 90 {
-                ROWS_64_CLUSTER
-            } else {
-                ROWS_64
-            }
-        }
+    let clusters = arch.number() >= 90;
+    match (m, wide) {
+        (0..=8, false) => ROWS_8,
+        (0..=8, true) => ROWS_8_WIDE,
+        (9..=16, false) => ROWS_16,
+        (9..=16, true) => ROWS_16_WIDE,
+        (17..=32, _) if clusters => ROWS_32_CLUSTER,
+        _ if clusters => ROWS_64_CLUSTER,
+        // For more rows too: the second tile finds the weights in L2.
+        _ => ROWS_32,
     }
 }
 
@@ -194,7 +174,7 @@ mod tests {
                 for n in [16, 896, 37888, 152_064] {
                     let tile = tile_for(arch, 132, m, n);
                     assert!(tiles(arch).contains(&tile), "{tile:?}");
-                    assert!(tile.tile_m >= m.min(64));
+                    assert!(tile.tile_m >= m.min(32));
                     assert_eq!(PARTS % (tile.k_warps * tile.cluster), 0);
                     assert!(tile.cluster == 1 || arch.number() >= 90);
                     let threads = 32 * tile.k_warps * tile.row_warps;
