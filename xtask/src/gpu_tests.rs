@@ -26,7 +26,7 @@ pub(crate) fn build(out: &Path, only: &[String], with_data: bool) -> Result<bool
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(&workspace).args(["test", "--release", "--no-run", "--lib", "--tests"]);
     cargo.args(["--message-format", "json-render-diagnostics"]);
-    for package in PACKAGES {
+    for package in packages(only) {
         cargo.args(["--package", package, "--features", &format!("{package}/cuda")]);
     }
     let built = cargo.stderr(Stdio::inherit()).output()?;
@@ -63,6 +63,20 @@ pub(crate) fn build(out: &Path, only: &[String], with_data: bool) -> Result<bool
     Ok(true)
 }
 
+/// The crates that programs of these names can be of.
+fn packages(only: &[String]) -> Vec<&'static str> {
+    let is_of = |package: &str| {
+        let short = short_name(package);
+        only.is_empty() || only.iter().any(|part| short.contains(part.as_str()) || part.starts_with(short))
+    };
+    let found: Vec<&str> = PACKAGES.into_iter().filter(|package| is_of(package)).collect();
+    if found.is_empty() { PACKAGES.to_vec() } else { found }
+}
+
+fn short_name(package: &str) -> &str {
+    package.strip_prefix("dashinfer-").unwrap_or(package)
+}
+
 /// The test program that a line of cargo's messages tells of.
 fn program(line: &str) -> Option<Program> {
     if !line.contains(r#""reason":"compiler-artifact""#) {
@@ -72,7 +86,7 @@ fn program(line: &str) -> Option<Program> {
     // ".../dashinfer-models/Cargo.toml"
     let package = Path::new(value(line, "manifest_path")?).parent()?.file_name()?.to_str()?;
     let target = &line[line.find(r#""target":{"#)?..];
-    let package = package.strip_prefix("dashinfer-").unwrap_or(package);
+    let package = short_name(package);
     let name = match target.contains(r#""kind":["test"]"#) {
         true => format!("{package}-{}", value(target, "name")?),
         false => package.to_string(),
@@ -115,6 +129,15 @@ fn make_executable(_: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_crates_of_the_wanted_programs_are_built() {
+        let built = |only: &[&str]| packages(&only.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(built(&[]), PACKAGES);
+        assert_eq!(built(&["kernels"]), ["dashinfer-kernels"]);
+        assert_eq!(built(&["models-goldens", "dashinfer-determinism"]), ["dashinfer-models", "dashinfer"]);
+        assert_eq!(built(&["goldens"]), PACKAGES);
+    }
 
     #[test]
     fn programs_are_read_from_cargos_messages() {

@@ -95,10 +95,23 @@ pub(crate) fn check(selection: &Selection) -> Result<bool, Box<dyn Error>> {
     Ok(num_failed == 0)
 }
 
-/// Writes an archive of everything, and reads it back.
-pub(crate) fn images(selection: &Selection, out: &Path, newest: Option<u32>) -> Result<bool, Box<dyn Error>> {
+/// Writes what is compiled: to an archive, which is read back, and to a file for each compilation.
+pub(crate) fn images(
+    selection: &Selection,
+    out: Option<&Path>,
+    dump: Option<&Path>,
+    newest: Option<u32>,
+) -> Result<bool, Box<dyn Error>> {
     let (num_passed, num_failed, images) = compile_all(selection, SHIPPED, newest, |_, _| true)?;
-    if num_failed == 0 {
+    if let Some(folder) = dump {
+        fs::create_dir_all(folder)?;
+        for (unit, arch, options, cubin) in &images {
+            let stem = unit.name.trim_end_matches(".cu");
+            let options = options.iter().map(|option| option.trim_start_matches("-D")).collect::<Vec<_>>().join(",");
+            fs::write(folder.join(format!("{stem}.{}.{options}.cubin", arch.target())), cubin)?;
+        }
+    }
+    if let (Some(out), 0) = (out, num_failed) {
         let num_images = images.len();
         let archive = tools::archive(images);
         fs::write(out, &archive).map_err(|error| format!("{}: {error}", out.display()))?;

@@ -21,6 +21,7 @@ kernels check     compiles every CUDA kernel in every variant, and fails on erro
                   listed in dashinfer-kernels/cuda/spills.txt. Needs NVRTC and no GPU; NVRTC 12 for sm_70
 kernels images    compiles them into one archive, for machines without a compiler
   --out FILE      where to write the archive
+  --dump FOLDER   writes each CUBIN to a file of its own, too or instead
   --cuda MAJOR    use NVRTC of this major version of CUDA or older (default: the first that is found): a driver loads what was
                   compiled by its own major version or an older one
 both:
@@ -66,9 +67,14 @@ fn run(args: &mut Arguments) -> Result<bool, Box<dyn Error>> {
                 args.finish()?;
                 return kernels::check(&selection);
             }
-            let (out, newest) = (args.values("--out")?.pop(), args.number("--cuda")?);
+            let path = |text: Option<String>| text.map(PathBuf::from);
+            let (out, dump) = (path(args.values("--out")?.pop()), path(args.values("--dump")?.pop()));
+            let newest = args.number("--cuda")?;
             args.finish()?;
-            kernels::images(&selection, Path::new(&out.ok_or("kernels images needs --out FILE")?), newest)
+            if out.is_none() && dump.is_none() {
+                return Err("kernels images needs --out FILE or --dump FOLDER".into());
+            }
+            kernels::images(&selection, out.as_deref(), dump.as_deref(), newest)
         }
         (Some("gpu-tests"), None) => {
             let (out, only) = (args.values("--out")?.pop(), args.values("--only")?);

@@ -83,12 +83,13 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Takes GPU number `ordinal` into use, and makes it current on this thread.
+    /// [`with`](Self::with) the defaults.
+    #[cfg(test)]
     pub(crate) fn new(ordinal: usize) -> Result<Arc<Self>, KernelError> {
         Self::with(ordinal, &KernelSettings::default())
     }
 
-    /// As [`new`](Self::new), with kernels from elsewhere.
+    /// Takes GPU number `ordinal` into use, and makes it current on this thread.
     pub(crate) fn with(ordinal: usize, kernels: &KernelSettings) -> Result<Arc<Self>, KernelError> {
         let count = num_devices()?;
         if ordinal >= count {

@@ -45,7 +45,15 @@ impl CudaDevice {
     /// # Errors
     /// [`KernelError::Library`] without a driver, [`KernelError::NoDevice`] without such a GPU.
     pub fn open(ordinal: usize) -> Result<Self, KernelError> {
-        device::Device::new(ordinal).map(Self)
+        Self::open_with(ordinal, &KernelSettings::default())
+    }
+
+    /// As [`open`](Self::open), with kernels from images of the program's own, or kept in another folder.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open), and [`KernelError::Images`] if the images cannot be used.
+    pub fn open_with(ordinal: usize, kernels: &KernelSettings) -> Result<Self, KernelError> {
+        device::Device::with(ordinal, kernels).map(Self)
     }
 
     /// Free bytes and all bytes of its memory.
