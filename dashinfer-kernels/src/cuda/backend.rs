@@ -427,7 +427,8 @@ impl Backend for CudaBackend {
         })?;
 
         self.current = Current { rows, num_logit_rows: step.logit_rows.len(), key: None, recording: None };
-        if !decodes {
+        // A recorded step knows where its lists are, not how they are cut.
+        if !decodes || self.plan.chunks.len() > 1 {
             return Ok(Issue::Operators);
         }
         let generation = self.steps.decode.generation() + self.attention.generation();

@@ -77,6 +77,8 @@ enum Tiles {
 struct Kernels {
     heads: Heads,
     units: Units,
+    /// For more query heads to a kv head than the tensor cores' tile has rows.
+    large_groups: Option<AttentionSimple>,
     tiles: Tiles,
 }
 
@@ -154,7 +156,6 @@ impl Attention {
 
     fn kernels_for(&self, heads: Heads, block_size: usize) -> Result<Kernels, KernelError> {
         let (device, dtype, head_dim) = (&self.device, self.dtype, heads.head_dim);
-        // How many query heads share a kv head is checked by the kernel; 16 are enough for every model that is known.
         let on_tensor_cores = AttentionDecode::supports(device.arch, dtype, head_dim, 1);
         let units = if on_tensor_cores {
             Units::Decode(AttentionDecode::new(device, dtype, head_dim)?)
@@ -175,7 +176,7 @@ impl Attention {
         } else {
             Tiles::Sm80(AttentionPrefillSm80::new(device, dtype, head_dim)?)
         };
-        Ok(Kernels { heads, units, tiles })
+        Ok(Kernels { heads, units, large_groups: None, tiles })
     }
 
     /// Attention of the rows of `plan`, whose lists are on the device.
@@ -276,7 +277,12 @@ impl Attention {
         }
         let partials =
             Partials { out: (&self.partials[0]).into(), ml: (&self.partials[1]).into(), num_slots: max_slots };
-        let Some(kernels) = &self.kernels else { return Ok(()) };
+        let Some(kernels) = &mut self.kernels else { return Ok(()) };
+        let group = params.num_heads / params.num_kv_heads.max(1);
+        let on_tensor_cores = AttentionDecode::supports(self.device.arch, self.dtype, params.head_dim, group);
+        if matches!(kernels.units, Units::Decode(_)) && !on_tensor_cores && kernels.large_groups.is_none() {
+            kernels.large_groups = Some(AttentionSimple::new(&self.device, self.dtype, params.head_dim)?);
+        }
         for (index, chunk) in plan.chunks.iter().enumerate() {
             let size = size_of::<DecodeUnit>();
             let decode = DecodeOperands {
@@ -292,9 +298,9 @@ impl Attention {
                 partials,
                 params,
             };
-            match &kernels.units {
-                Units::Decode(kernel) => kernel.run(&self.device, &decode)?,
-                Units::Simple(kernel) => kernel.run(&self.device, &decode)?,
+            match (&kernels.units, &kernels.large_groups) {
+                (Units::Decode(_), Some(kernel)) | (Units::Simple(kernel), _) => kernel.run(&self.device, &decode)?,
+                (Units::Decode(kernel), None) => kernel.run(&self.device, &decode)?,
             }
             if plan.is_split() && !chunk.splits.is_empty() {
                 let splits = operands.splits.rest(chunk.splits.start * size_of::<RowSplits>())?;
