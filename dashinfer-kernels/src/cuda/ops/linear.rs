@@ -158,7 +158,7 @@ impl Linears {
         if num_rows == 0 {
             return Ok(true);
         }
-        if layer.rows % 2 != 0 || self.way([num_rows, layer.rows, layer.cols]) != Way::Rows {
+        if !layer.rows.is_multiple_of(2) || self.way([num_rows, layer.rows, layer.cols]) != Way::Rows {
             return Ok(false);
         }
         let operands = self.operands(out, x, num_rows, layer, layer.rows / 2, layer.dtype)?;

@@ -43,10 +43,15 @@ const ROWS_32: Tile = tile([32, 1, 2, 4, 1, 2, 2]);
 // With clusters: x is staged once for more weight rows, and there are blocks enough all the same.
 const ROWS_32_CLUSTER: Tile = tile([32, 2, 2, 2, 4, 3, 3]);
 const ROWS_64_CLUSTER: Tile = tile([64, 2, 4, 1, 8, 2, 3]);
+// For SM100 and newer, where the compiler takes a few registers more.
+const ROWS_8_SM100: Tile = tile([8, 1, 1, 8, 1, 3, 2]);
+const ROWS_64_SM100: Tile = tile([64, 1, 4, 1, 8, 2, 3]);
 
 /// Every tile that [`tile_for`] may choose on `arch`.
 pub(crate) fn tiles(arch: Arch) -> &'static [Tile] {
-    if arch.number() >= 90 {
+    if arch.number() >= 100 {
+        &[ROWS_8_SM100, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_SM100]
+    } else if arch.number() >= 90 {
         &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_CLUSTER]
     } else {
         &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32]
@@ -56,13 +61,15 @@ pub(crate) fn tiles(arch: Arch) -> &'static [Tile] {
 /// The tile for `m` rows of x and `n` weight rows. Wide ones halve what is read of x, if there is work enough for all SMs.
 pub(crate) fn tile_for(arch: Arch, num_sms: u32, m: usize, n: usize) -> Tile {
     let wide = n >= 32 * 4 * num_sms as usize;
-    let clusters = arch.number() >= 90;
+    let (clusters, sm100) = (arch.number() >= 90, arch.number() >= 100);
     match (m, wide) {
+        (0..=8, false) if sm100 => ROWS_8_SM100,
         (0..=8, false) => ROWS_8,
         (0..=8, true) => ROWS_8_WIDE,
         (9..=16, false) => ROWS_16,
         (9..=16, true) => ROWS_16_WIDE,
         (17..=32, _) if clusters => ROWS_32_CLUSTER,
+        _ if sm100 => ROWS_64_SM100,
         _ if clusters => ROWS_64_CLUSTER,
         // For more rows too: the second tile finds the weights in L2.
         _ => ROWS_32,
@@ -169,7 +176,7 @@ mod tests {
 
     #[test]
     fn every_tile_sums_all_parts_within_the_shared_memory_of_a_block() {
-        for arch in [(8, 0), (8, 6), (9, 0), (12, 0)].map(|(major, minor)| Arch { major, minor }) {
+        for arch in [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)].map(|(major, minor)| Arch { major, minor }) {
             for m in 1..=80 {
                 for n in [16, 896, 37888, 152_064] {
                     let tile = tile_for(arch, 132, m, n);
