@@ -1,6 +1,6 @@
 //! From a plan to a batch: tokens, positions, cache slots and block tables, in buffers that live from step to step.
 
-use dashinfer_kernels::SequenceRows;
+use dashinfer_kernels::{CarriedId, SequenceRows};
 use dashinfer_models::ForwardBatch;
 
 use crate::scheduler::{Scheduler, SeqId};
@@ -51,7 +51,16 @@ impl BatchBuilder {
             let first_row = batch.ids.len();
             let context_len = work.start + work.len;
             let table = sequence.block_table();
-            batch.ids.extend_from_slice(&sequence.tokens()[work.start..context_len]);
+            let known = sequence.tokens();
+            batch.ids.extend_from_slice(&known[work.start..context_len.min(known.len())]);
+            if context_len > known.len() {
+                // At most one step is under way when a plan is made, so the token is one of that step's, whose rows are the
+                // newest that were sampled: of all steps before, the tokens were appended.
+                let sampled = sequence.carried().expect("only a pending token lies behind those that are known");
+                batch.carried.push(CarriedId { row: batch.ids.len() as u32, sampled });
+                batch.ids.push(0);
+            }
+            debug_assert_eq!(batch.ids.len(), first_row + work.len, "one token is pending at most");
             for position in work.start..context_len {
                 paged.positions.push(position as u32);
                 paged
@@ -98,12 +107,20 @@ mod tests {
         .unwrap();
         let add = |scheduler: &mut Scheduler, tokens: Vec<u32>, want_all_logits| {
             let max_total_tokens = tokens.len() + 1;
-            let new = NewSequence { tokens, max_total_tokens, priority: 0, want_all_logits, cache_salt: 0 };
+            let new = NewSequence {
+                tokens,
+                max_total_tokens,
+                priority: 0,
+                want_all_logits,
+                cache_salt: 0,
+                needs_host: false,
+            };
             scheduler.add(new).unwrap()
         };
         let mut builder = BatchBuilder::new(16);
         let short = add(&mut scheduler, (0..16).collect(), false);
         scheduler.schedule();
+        scheduler.submit();
         scheduler.commit();
         scheduler.append(short, 99).unwrap();
         let scored = add(&mut scheduler, vec![7, 8, 9], true);

@@ -54,9 +54,14 @@ impl Continuation {
         self.writer.place = None;
     }
 
-    /// Tokens that must not come next.
-    pub(super) fn banned(&self) -> &[u32] {
-        if self.num_generated < self.resolved.min_tokens { &self.resolved.stop_tokens } else { &[] }
+    /// Whether each of its tokens must be seen before the next one is sampled. So far nothing asks for that; a grammar will.
+    pub(super) fn needs_host(&self) -> bool {
+        false
+    }
+
+    /// Tokens that must not come next, behind `num_pending` that were sampled and not pushed yet.
+    pub(super) fn banned(&self, num_pending: usize) -> &[u32] {
+        if self.num_generated + num_pending < self.resolved.min_tokens { &self.resolved.stop_tokens } else { &[] }
     }
 
     /// Takes the next token and sends what it makes certain.

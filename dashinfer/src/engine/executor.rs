@@ -1,7 +1,11 @@
 //! Doing what was decided: a step goes in, tokens come out.
 //!
-//! [`Executor::submit`] hands a step over and [`Executor::collect`] waits for its results. On the CPU the work is done between
-//! the two calls' entry and return, at depth zero; an executor that runs a device one step ahead keeps the same contract.
+//! [`Executor::submit`] hands a step over and [`Executor::collect`] waits for its results. At depth 0 each step is collected
+//! before the next is submitted: on the CPU, where the work is done when a call returns. At depth 1 the next one is submitted
+//! first, so that a device finds it when it is done with the one before.
+
+use std::collections::VecDeque;
+use std::time::Duration;
 
 use dashinfer_kernels::{Backend, SampleRow, Sampled};
 use dashinfer_models::{Decoder, ForwardBatch};
@@ -30,40 +34,66 @@ pub(crate) struct StepOutput {
 
 /// A loaded model with its cache, on some device.
 pub(crate) trait Executor {
-    /// Starts a step. Steps are computed in the order of their submission.
+    /// How many steps may wait to be collected when another one is submitted: 0 or 1.
+    fn depth(&self) -> usize {
+        0
+    }
+
+    /// Starts a step. Steps are computed in the order of their submission. One that was refused is not collected.
     fn submit(&mut self, step: &Step<'_>) -> Result<(), Error>;
 
-    /// Waits for the oldest step that was submitted and not collected.
+    /// Waits for the oldest step that was submitted and not collected. It is collected even if it failed.
     fn collect(&mut self) -> Result<StepOutput, Error>;
+
+    /// How long the device has had nothing to do, if it is known to be done with all that was submitted. Asked before a step is
+    /// submitted behind another one.
+    fn idle_before_submit(&self) -> Option<Duration> {
+        None
+    }
 }
 
-/// One decoder on one backend whose work is done when a call returns.
+/// One decoder on one backend.
 pub(crate) struct LocalExecutor<B: Backend> {
     decoder: Decoder<B>,
     cache: B::KvCache,
-    output: Option<StepOutput>,
+    /// What was submitted and not collected, the oldest first.
+    submitted: VecDeque<Submitted>,
+}
+
+/// What is known of a step before it is waited for.
+struct Submitted {
+    /// Whether there are tokens to wait for.
+    samples: bool,
+    logits: Vec<Vec<f32>>,
 }
 
 impl<B: Backend> LocalExecutor<B> {
     pub(crate) fn new(decoder: Decoder<B>, cache: B::KvCache) -> Self {
-        Self { decoder, cache, output: None }
+        Self { decoder, cache, submitted: VecDeque::new() }
     }
 }
 
 impl<B: Backend> Executor for LocalExecutor<B> {
+    fn depth(&self) -> usize {
+        self.decoder.backend().depth().min(1)
+    }
+
     fn submit(&mut self, step: &Step<'_>) -> Result<(), Error> {
         let mut logits = self.decoder.forward(step.batch, &mut self.cache)?;
-        // Sampling may overwrite a row, so rows are read first.
-        let read = step.read.iter().map(|&row| logits.read_row(row)).collect::<Result<_, _>>()?;
-        if !step.rows.is_empty() {
+        // Sampling may overwrite a row, so rows are read first. This waits for the device; only scoring asks for rows.
+        let logits_read = step.read.iter().map(|&row| logits.read_row(row)).collect::<Result<_, _>>()?;
+        let samples = !step.rows.is_empty();
+        if samples {
             logits.sample(step.rows)?;
         }
-        let sampled = if step.rows.is_empty() { Vec::new() } else { self.decoder.collect_sampled()? };
-        self.output = Some(StepOutput { sampled, logits: read });
+        self.submitted.push_back(Submitted { samples, logits: logits_read });
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, Error> {
-        self.output.take().ok_or_else(|| Error::internal("a step was collected that was not submitted"))
+        let Submitted { samples, logits } =
+            self.submitted.pop_front().ok_or_else(|| Error::internal("a step was collected that was not submitted"))?;
+        let sampled = if samples { self.decoder.collect_sampled()? } else { Vec::new() };
+        Ok(StepOutput { sampled, logits })
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// What an engine is busy with, and what it has counted since it was loaded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -33,6 +34,15 @@ pub struct EngineStats {
     pub prefix_hit_tokens: u64,
     /// How often a sequence gave its blocks back, to be computed again.
     pub preemptions: u64,
+    /// The host's work between steps: from the submission of one to that of the next, less the time in which it waits for
+    /// results. Divided by `steps` it should be less than a step takes on the device, which then never waits for it.
+    pub plan_time: Duration,
+    /// Time taken by submissions. On the CPU the steps are computed within.
+    pub submit_time: Duration,
+    /// Steps before which the device had run out of work although there was some. On a device that can say so.
+    pub starved_steps: u64,
+    /// How long it had nothing to do before these.
+    pub starved_time: Duration,
 }
 
 /// Shared between handles and threads.

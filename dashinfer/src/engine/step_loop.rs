@@ -1,12 +1,22 @@
 //! The engine's thread: takes commands, plans a step, has it computed, hands out what came of it, until all is done.
+//!
+//! With an executor of depth 1 it is one step ahead: step `n + 1` is planned and submitted while the device computes step `n`, whose
+//! tokens are handed out while the device computes step `n + 1`.
+//!
+//! ```text
+//!   depth 0   plan n │ submit n (computes) │ hand out n │ plan n+1 │ ..
+//!   depth 1   plan n+1 │ submit n+1 │ collect n │ hand out n │ plan n+2 │ submit n+2 │ collect n+1 │ ..
+//!   device    ........ n .................│ n+1 ..................................│ n+2 ..
+//! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dashinfer_kernels::{KernelError, SampleRow, Sampled};
 use tokio::sync::oneshot;
+use tracing::trace_span;
 
 use super::batch::BatchBuilder;
 use super::continuation::{Continuation, Progress};
@@ -14,7 +24,7 @@ use super::executor::{Executor, Step, StepOutput};
 use super::hub::{EngineStats, Hub};
 use super::stream::Writer;
 use super::{PromptLogits, RequestId};
-use crate::scheduler::{NewSequence, Scheduler, SeqId, Work};
+use crate::scheduler::{NewSequence, Scheduler, SeqId, SeqMap, Work};
 use crate::text::Detokenizer;
 use crate::{Error, Resolved};
 
@@ -66,10 +76,23 @@ pub(super) struct StepLoop<E> {
     hub: Arc<Hub>,
     vocab_size: usize,
     batch: BatchBuilder,
-    live: HashMap<SeqId, Live>,
+    live: SeqMap<Live>,
     by_request: HashMap<RequestId, SeqId>,
+    /// The shape of the results of each step under way, the oldest first.
+    expected: VecDeque<Expected>,
+    /// Steps submitted.
+    num_submitted: u64,
+    /// Since when the host works for the next step, and how long of that it has waited for results.
+    busy_since: Instant,
+    waited: Duration,
     stats: EngineStats,
     closing: bool,
+}
+
+/// What a step was asked for.
+struct Expected {
+    num_sampled: usize,
+    num_logits: usize,
 }
 
 impl<E: Executor> StepLoop<E> {
@@ -88,8 +111,12 @@ impl<E: Executor> StepLoop<E> {
             hub,
             vocab_size,
             batch: BatchBuilder::new(block_size),
-            live: HashMap::new(),
+            live: SeqMap::default(),
             by_request: HashMap::new(),
+            expected: VecDeque::new(),
+            num_submitted: 0,
+            busy_since: Instant::now(),
+            waited: Duration::ZERO,
             stats: EngineStats::default(),
             closing: false,
         }
@@ -124,18 +151,16 @@ impl<E: Executor> StepLoop<E> {
                     Ok(command) => self.obey(command),
                     Err(mpsc::RecvError) => return,
                 }
+                (self.busy_since, self.waited) = (Instant::now(), Duration::ZERO);
             }
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command);
             }
-            if self.closing && self.live.is_empty() {
+            if self.closing && self.live.is_empty() && self.expected.is_empty() {
                 self.publish();
                 return;
             }
-            idle = self.scheduler.schedule().work.is_empty();
-            if !idle {
-                self.step();
-            }
+            idle = !self.step();
             self.publish();
         }
     }
@@ -153,7 +178,14 @@ impl<E: Executor> StepLoop<E> {
                     return drop(answer.send(Err(error.into())));
                 }
                 let max_total_tokens = tokens.len();
-                let new = NewSequence { tokens, max_total_tokens, priority: 0, want_all_logits: true, cache_salt: 0 };
+                let new = NewSequence {
+                    tokens,
+                    max_total_tokens,
+                    priority: 0,
+                    want_all_logits: true,
+                    cache_salt: 0,
+                    needs_host: true,
+                };
                 match self.scheduler.add(new) {
                     Ok(seq) => drop(self.live.insert(seq, Live::PromptLogits { values, answer })),
                     // Whoever has gone needs no answer.
@@ -167,7 +199,12 @@ impl<E: Executor> StepLoop<E> {
                 }
             }
             Command::Resume(id) => {
-                if let Some(&seq) = self.by_request.get(&id) {
+                let seq = self.by_request.get(&id).copied();
+                // What was under way when the reader made room may have filled the buffer again.
+                if let Some(seq) = seq
+                    && let Some(Live::Continuation(live)) = self.live.get(&seq)
+                    && !live.writer.must_pause()
+                {
                     self.scheduler.resume(seq);
                 }
             }
@@ -182,45 +219,47 @@ impl<E: Executor> StepLoop<E> {
         }
         let tokens = std::mem::take(&mut new.resolved.prompt);
         let prompt_len = tokens.len();
+        let continuation = Continuation::new(new, prompt_len);
         let sequence = NewSequence {
             tokens,
-            max_total_tokens: prompt_len + new.resolved.max_tokens,
-            priority: new.resolved.priority,
+            max_total_tokens: prompt_len + continuation.resolved.max_tokens,
+            priority: continuation.resolved.priority,
             want_all_logits: false,
             cache_salt: 0,
+            needs_host: continuation.needs_host(),
         };
         match self.scheduler.add(sequence) {
             Ok(seq) => {
-                self.by_request.insert(new.writer.id, seq);
-                self.live.insert(seq, Live::Continuation(Box::new(Continuation::new(new, prompt_len))));
+                self.by_request.insert(continuation.writer.id, seq);
+                self.live.insert(seq, Live::Continuation(Box::new(continuation)));
             }
-            Err(error) => new.writer.fail(error.into()),
+            Err(error) => continuation.writer.fail(error.into()),
         }
     }
 
-    /// Computes the plan, and hands out what came of it.
-    fn step(&mut self) {
-        match self.compute() {
-            Ok(output) => {
-                self.stats.steps += 1;
-                self.stats.computed_tokens += self.scheduler.plan().num_tokens as u64;
-                self.scheduler.commit();
-                self.hand_out(output);
-            }
-            Err(error) => {
-                // What was planned cannot be computed; what was not goes on.
-                let planned: Vec<SeqId> = self.scheduler.plan().work.iter().map(|work| work.seq).collect();
-                for seq in planned {
-                    if let Some(live) = self.end(seq) {
-                        live.fail(error.clone());
-                    }
-                }
-            }
+    /// Submits the next step, and collects the one before, or all if there is no next one or the executor has no depth. Returns
+    /// whether there was anything to do.
+    fn step(&mut self) -> bool {
+        let is_planned =
+            trace_span!("schedule", step = self.num_submitted).in_scope(|| !self.scheduler.schedule().work.is_empty());
+        let had_work = is_planned || !self.expected.is_empty();
+        let submitted = if is_planned { self.submit() } else { Ok(()) };
+        let ahead = if is_planned && submitted.is_ok() { self.executor.depth().min(1) } else { 0 };
+        while self.expected.len() > ahead {
+            self.collect();
         }
+        if let Err(error) = submitted {
+            // What was planned cannot be computed; what was not goes on. Tokens of the step before are handed out by now.
+            let planned: Vec<SeqId> = self.scheduler.plan().work.iter().map(|work| work.seq).collect();
+            self.fail(planned, &error);
+        }
+        had_work
     }
 
-    fn compute(&mut self) -> Result<StepOutput, Error> {
-        self.batch.build(&self.scheduler);
+    /// Submits the plan. If this fails, it is as if it had not been made.
+    fn submit(&mut self) -> Result<(), Error> {
+        let step = self.num_submitted;
+        trace_span!("build", step).in_scope(|| self.batch.build(&self.scheduler));
         let mut rows = Vec::with_capacity(self.batch.sampled().len());
         for &(seq, logits_row) in self.batch.sampled() {
             let (Some(sequence), Some(Live::Continuation(live))) = (self.scheduler.get(seq), self.live.get(&seq))
@@ -228,39 +267,92 @@ impl<E: Executor> StepLoop<E> {
                 return Err(Error::internal("a sequence without a request was planned to be sampled"));
             };
             let (prompt, generated) = sequence.tokens().split_at(sequence.prompt_len());
-            let row = SampleRow::new(logits_row, &live.resolved.params, sequence.tokens().len() as u64);
-            rows.push(SampleRow { prompt, generated, banned: live.banned(), ..row });
+            let carried = sequence.carried();
+            let num_pending = usize::from(carried.is_some());
+            let position = (sequence.tokens().len() + num_pending) as u64;
+            let row = SampleRow::new(logits_row, &live.resolved.params, position);
+            rows.push(SampleRow { prompt, generated, banned: live.banned(num_pending), carried, ..row });
         }
-        self.executor.submit(&Step { batch: self.batch.batch(), rows: &rows, read: self.batch.read() })?;
-        let output = self.executor.collect()?;
-        if (output.sampled.len(), output.logits.len()) != (rows.len(), self.batch.read().len()) {
-            // A sequence that misses its token would never be planned again, and its reader wait for ever.
-            return Err(Error::internal("a step gave another number of tokens or logits than it was asked for"));
+        let expected = Expected { num_sampled: rows.len(), num_logits: self.batch.read().len() };
+        let idle = if self.expected.is_empty() { None } else { self.executor.idle_before_submit() };
+        let begin = Instant::now();
+        self.stats.plan_time += begin.duration_since(self.busy_since).saturating_sub(self.waited);
+        let submitted = trace_span!("submit", step).in_scope(|| {
+            self.executor.submit(&Step { batch: self.batch.batch(), rows: &rows, read: self.batch.read() })
+        });
+        (self.busy_since, self.waited) = (Instant::now(), Duration::ZERO);
+        self.stats.submit_time += self.busy_since.duration_since(begin);
+        submitted?;
+        if let Some(idle) = idle {
+            self.stats.starved_steps += 1;
+            self.stats.starved_time += idle;
         }
-        Ok(output)
+        self.scheduler.submit();
+        self.expected.push_back(expected);
+        self.num_submitted += 1;
+        Ok(())
     }
 
+    /// Waits for the oldest step under way, and hands out what came of it.
+    fn collect(&mut self) {
+        let Some(expected) = self.expected.pop_front() else { return };
+        // Of those submitted, this one and those still expected are not handed out.
+        let step = self.num_submitted - 1 - self.expected.len() as u64;
+        let begin = Instant::now();
+        let output = trace_span!("collect", step).in_scope(|| self.executor.collect());
+        self.waited += begin.elapsed();
+        let output = output.and_then(|output| {
+            let is_whole = (output.sampled.len(), output.logits.len()) == (expected.num_sampled, expected.num_logits);
+            // A sequence that misses its token would never be planned again, and its reader wait for ever.
+            let wrong = || Error::internal("a step gave another number of tokens or logits than it was asked for");
+            if is_whole { Ok(output) } else { Err(wrong()) }
+        });
+        match output {
+            Ok(output) => {
+                let _span = trace_span!("hand_out", step).entered();
+                self.scheduler.commit();
+                self.stats.steps += 1;
+                self.stats.computed_tokens += self.scheduler.done().num_tokens as u64;
+                self.hand_out(output);
+            }
+            Err(error) => {
+                // The step behind it that is under way has the same sequences, whose results are dropped, and others, which
+                // depend on nothing here: what this one wrote is in no block that the prefix cache knows.
+                self.scheduler.abandon();
+                let planned: Vec<SeqId> = self.scheduler.done().work.iter().map(|work| work.seq).collect();
+                self.fail(planned, &error);
+            }
+        }
+    }
+
+    fn fail(&mut self, seqs: Vec<SeqId>, error: &Error) {
+        for seq in seqs {
+            if let Some(live) = self.end(seq) {
+                live.fail(error.clone());
+            }
+        }
+    }
+
+    /// Gives the results of the step that is done to those of its sequences that are still there.
     fn hand_out(&mut self, output: StepOutput) {
         let mut sampled = output.sampled.into_iter();
         let mut logits = output.logits.into_iter();
-        for index in 0..self.scheduler.plan().work.len() {
-            let work = self.scheduler.plan().work[index];
+        for index in 0..self.scheduler.done().work.len() {
+            let work = self.scheduler.done().work[index];
             if work.all_logits {
-                self.take_logits(work, logits.by_ref().take(work.len));
-                continue;
-            }
-            if let Some(Live::Continuation(live)) = self.live.get_mut(&work.seq) {
-                live.leave_queue();
-            }
-            if work.samples
-                && let Some(token) = sampled.next()
-            {
+                let mut rows = logits.by_ref().take(work.len);
+                self.take_logits(work, &mut rows);
+                // Of a sequence that has gone nobody took them.
+                rows.for_each(drop);
+            } else if let Some(token) = if work.samples { sampled.next() } else { None } {
                 self.take_token(work.seq, token);
+            } else if let Some(Live::Continuation(live)) = self.live.get_mut(&work.seq) {
+                live.leave_queue();
             }
         }
     }
 
-    fn take_logits(&mut self, work: Work, rows: impl Iterator<Item = Vec<f32>>) {
+    fn take_logits(&mut self, work: Work, rows: &mut dyn Iterator<Item = Vec<f32>>) {
         let Some(Live::PromptLogits { values, answer }) = self.live.get_mut(&work.seq) else { return };
         // Rows come in order; after a preemption they come again from the first.
         values.truncate(work.start * self.vocab_size);
@@ -275,14 +367,18 @@ impl<E: Executor> StepLoop<E> {
     }
 
     fn take_token(&mut self, seq: SeqId, sampled: Sampled) {
+        // One that was ended by the step before this one, or cancelled, has no use for it.
         let Some(Live::Continuation(live)) = self.live.get_mut(&seq) else { return };
+        let Some(sequence) = self.scheduler.get(seq) else { return };
+        live.leave_queue();
         self.stats.generated_tokens += 1;
         let token = sampled.id;
-        let num_cached = self.scheduler.get(seq).map_or(0, |sequence| sequence.num_cached());
-        match live.push(sampled, num_cached) {
+        // A paused one has a token under way from before, and does not pause again: its reader knows, or has said that it is back.
+        let is_paused = sequence.is_paused();
+        match live.push(sampled, sequence.num_cached()) {
             Progress::Ended => drop(self.end(seq)),
             Progress::Continues => {
-                if live.writer.must_pause() {
+                if !is_paused && live.writer.must_pause() {
                     self.scheduler.pause(seq);
                 }
                 if let Err(error) = self.scheduler.append(seq, token)

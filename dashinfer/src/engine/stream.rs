@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!   engine thread ──try_send──▶ bounded channel ──poll_recv──▶ TokenStream
-//!        ▲ sets `paused` when the channel is full                   │
+//!        ▲ sets `paused` when the buffer is full                    │
 //!        └────── Resume (half empty again), Cancel (dropped) ───────┘
 //! ```
+//!
+//! The channel has one place more than the buffer, for a token that is under way when the buffer becomes full.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +19,9 @@ use tokio::sync::mpsc as channel;
 use super::step_loop::Command;
 use super::{RequestId, hub::QueuePlace};
 use crate::{Chunk, Completion, Error};
+
+/// Places of the channel beyond the buffer: what an executor of depth 1 gives after its request has paused.
+const SPARE: usize = 1;
 
 /// What the two ends of a request share besides the channel.
 #[derive(Debug, Default)]
@@ -43,10 +48,11 @@ impl Writer {
         self.chunks.is_closed()
     }
 
-    /// Sends a chunk. The engine computes nothing for a request whose channel is full, so there is room.
+    /// Sends a chunk. The engine plans nothing for a request whose buffer is full, so there is room.
     pub(super) fn send(&self, chunk: Chunk) {
+        let sent = self.chunks.try_send(Ok(chunk));
         // A reader that has gone cancels the request by a command of its own.
-        let _ = self.chunks.try_send(Ok(chunk));
+        debug_assert!(!matches!(sent, Err(channel::error::TrySendError::Full(_))), "a chunk is lost");
     }
 
     /// Ends the request with an error.
@@ -59,12 +65,13 @@ impl Writer {
 
     /// Whether the reader is so late that the sequence must pause. Sets the flag which makes the reader say that it is back.
     pub(super) fn must_pause(&self) -> bool {
-        if self.chunks.capacity() > 0 {
+        if self.chunks.capacity() > SPARE {
             return false;
         }
         self.link.paused.store(true, Ordering::SeqCst);
         // The reader may have read in between and not seen the flag. Whoever clears it knows of the other.
-        let half_empty = self.chunks.capacity() >= self.chunks.max_capacity().div_ceil(2);
+        let buffer = self.chunks.max_capacity() - SPARE;
+        let half_empty = self.chunks.capacity().saturating_sub(SPARE) >= buffer.div_ceil(2);
         !(half_empty && self.link.paused.swap(false, Ordering::SeqCst))
     }
 }
@@ -91,7 +98,7 @@ impl TokenStream {
         commands: mpsc::Sender<Command>,
         place: QueuePlace,
     ) -> (Self, Writer) {
-        let (sender, chunks) = channel::channel(buffer);
+        let (sender, chunks) = channel::channel(buffer + SPARE);
         let link = Arc::new(Link::default());
         let writer = Writer { id, chunks: sender, link: Arc::clone(&link), place: Some(place) };
         (Self { chunks, link, id, commands, ended: false }, writer)
@@ -113,7 +120,8 @@ impl TokenStream {
 
     /// Tells the engine that there is room again, if it waits for that.
     fn make_room_known(&self) {
-        if self.chunks.len() <= self.chunks.max_capacity() / 2 && self.link.paused.swap(false, Ordering::SeqCst) {
+        let buffer = self.chunks.max_capacity() - SPARE;
+        if self.chunks.len() <= buffer / 2 && self.link.paused.swap(false, Ordering::SeqCst) {
             // Without an engine there is nothing to resume.
             let _ = self.commands.send(Command::Resume(self.id));
         }

@@ -16,7 +16,7 @@ impl Scheduler {
             self.check_sequence(sequence).map_err(|broken| format!("sequence {seq}: {broken}"))?;
         }
         self.check_sharing()?;
-        self.check_plan(&self.plan)
+        self.under_way.iter().chain([&self.plan]).try_for_each(|plan| self.check_plan(plan))
     }
 
     /// Each sequence is in the one queue of its state.
@@ -43,7 +43,11 @@ impl Scheduler {
     }
 
     fn check_sequence(&self, sequence: &Sequence) -> Result<(), String> {
-        let (num_tokens, num_computed) = (sequence.tokens.len(), sequence.num_computed);
+        let (num_tokens, num_computed) = (sequence.tokens.len() + sequence.num_pending, sequence.num_computed);
+        // A step that is done, and whose tokens are being appended, is under way no more.
+        if sequence.num_pending > self.under_way.len() + 1 {
+            return Err(format!("{} tokens are pending of {} steps", sequence.num_pending, self.under_way.len()));
+        }
         if num_computed > num_tokens || num_tokens > sequence.max_total_tokens || sequence.prompt_len > num_tokens {
             return Err(format!("{num_computed} computed of {num_tokens} tokens: {sequence:?}"));
         }

@@ -15,7 +15,9 @@
 //! ```text
 //!   schedule()      decide: who gets blocks, who gets tokens of the budget       → plan()
 //!   (forward pass over plan().work, whose sequences' tokens and block tables get() shows)
-//!   commit()        the plan's tokens are computed; full blocks enter the prefix cache
+//!   submit()        the plan is under way: what it samples is pending
+//!   (the next plan may be made and submitted here)
+//!   commit()        the oldest plan is done; full blocks enter the prefix cache  → done()
 //!   append(seq, t)  for each work that `samples` and whose sequence is still there
 //! ```
 //!
@@ -33,11 +35,15 @@
 //!
 //! # Running one step ahead
 //!
-//! An executor which wants plan `n + 1` before the tokens of step `n` are known fits in as follows. `schedule` counts from
-//! what is *planned* rather than computed, and takes a work that samples as having appended one token of yet unknown value,
-//! which the device reads where step `n` leaves it. `commit` names its step and applies to work whose sequence still holds
-//! the blocks it was planned with. Blocks are registered at `commit`, when their tokens are known. Those of a sequence that
-//! finishes or is preempted while its step runs may be handed on at once: steps write in the order of their submission.
+//! Plan `n + 1` may be made before the tokens of step `n` are known. `num_computed` counts what is submitted, and a work that
+//! samples leaves one token *pending*, which the device reads where step `n` puts it. The last token of a sequence is not
+//! computed, so a sequence whose last one is pending is in no further plan; one that ends otherwise, by a stop token, is in one
+//! plan too many, whose result for it is dropped.
+//!
+//! Blocks are registered at `commit`, when their tokens are known, and only if the sequence still has those it was planned with.
+//! Those of a sequence that finishes or is preempted with a step under way are handed on at once: whoever gets them is planned
+//! later, and steps write in the order of their submission. What such a step still writes is in no registered block, as these
+//! are full of tokens that were computed before. A preempted sequence is admitted again when its pending token is known.
 
 mod block_pool;
 #[cfg(test)]
@@ -55,4 +61,4 @@ mod tests;
 pub(crate) use limits::{Limits, SchedulerError};
 pub(crate) use plan::Work;
 pub(crate) use scheduler::Scheduler;
-pub(crate) use sequence::{NewSequence, SeqId};
+pub(crate) use sequence::{NewSequence, SeqId, SeqMap};

@@ -11,10 +11,12 @@ pub(crate) struct Work {
     pub(crate) start: usize,
     /// How many; at least one.
     pub(crate) len: usize,
-    /// Whether the last of them is the last that is known, so that its logits give the next token.
+    /// Whether the last of them is the sequence's last, so that its logits give the next token.
     pub(crate) samples: bool,
     /// Whether logits of all of them are wanted, not of the last one alone.
     pub(crate) all_logits: bool,
+    /// How often the sequence had been preempted before.
+    pub(super) num_preemptions: u32,
 }
 
 /// The work of one step, decodes first, each sequence at most once. Its buffer lives on from step to step.
@@ -31,9 +33,10 @@ pub(crate) struct StepPlan {
 }
 
 impl StepPlan {
-    /// An empty plan of at most `max_tokens` tokens of at most `max_work` sequences.
-    pub(super) fn new(max_tokens: usize, max_work: usize) -> Self {
-        Self { work: Vec::new(), num_tokens: 0, num_all_logits: 0, max_tokens, max_work }
+    /// An empty plan of at most `max_tokens` tokens of at most `max_work` sequences, in the buffer of another one.
+    pub(super) fn new(max_tokens: usize, max_work: usize, mut buffer: Vec<Work>) -> Self {
+        buffer.clear();
+        Self { work: buffer, num_tokens: 0, num_all_logits: 0, max_tokens, max_work }
     }
 
     pub(super) fn clear(&mut self) {

@@ -1,20 +1,20 @@
 //! The policy: who holds blocks, and who computes how many tokens.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, VecDeque};
 
 use super::block_pool::BlockCounts;
 use super::kv_blocks::{KvBlocks, Shortage};
 use super::limits::{Limits, SchedulerError};
 use super::plan::{StepPlan, Work};
 use super::prefix_cache::{ChainHash, chain_hash};
-use super::sequence::{NewSequence, Rank, SeqId, Sequence};
+use super::sequence::{NewSequence, Rank, SeqId, SeqMap, Sequence};
 
 /// Decides step by step which sequences compute how many tokens; see the [module](super) for the rules and the loop.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     pub(super) limits: Limits,
     pub(super) blocks: KvBlocks,
-    pub(super) sequences: HashMap<SeqId, Sequence>,
+    pub(super) sequences: SeqMap<Sequence>,
     /// Not paused, without blocks.
     pub(super) waiting: BTreeSet<Rank>,
     /// Not paused, with blocks, in order: the last gives way first.
@@ -22,7 +22,10 @@ pub(crate) struct Scheduler {
     /// Paused, with blocks.
     pub(super) parked: BTreeSet<Rank>,
     pub(super) plan: StepPlan,
-    is_committed: bool,
+    /// Submitted and not committed, the oldest first.
+    pub(super) under_way: VecDeque<StepPlan>,
+    /// The one that was committed or abandoned last.
+    done: StepPlan,
     next_seq: u64,
     num_looked_up_tokens: u64,
     num_hit_tokens: u64,
@@ -61,12 +64,13 @@ impl Scheduler {
         limits.check()?;
         Ok(Self {
             blocks: KvBlocks::new(&limits, hash),
-            sequences: HashMap::new(),
+            sequences: SeqMap::default(),
             waiting: BTreeSet::new(),
             running: Vec::new(),
             parked: BTreeSet::new(),
-            plan: StepPlan::new(limits.token_budget, limits.max_running),
-            is_committed: true,
+            plan: StepPlan::new(limits.token_budget, limits.max_running, Vec::new()),
+            under_way: VecDeque::new(),
+            done: StepPlan::default(),
             next_seq: 0,
             num_looked_up_tokens: 0,
             num_hit_tokens: 0,
@@ -99,36 +103,79 @@ impl Scheduler {
         Ok(seq)
     }
 
-    /// Plans the next step. A plan that was not committed is dropped, as if its tokens had not been computed.
+    /// Plans the next step; one other at most may be under way. A plan that was not submitted is dropped.
     pub(crate) fn schedule(&mut self) -> &StepPlan {
+        debug_assert!(self.under_way.len() <= 1, "of steps further back the tokens must be known");
         self.plan.clear();
-        self.is_committed = false;
         self.plan_decodes();
         self.plan_prompts();
         &self.plan
     }
 
-    /// The plan that [`schedule`](Self::schedule) made, to read beside the sequences. It stays until the next one is made.
+    /// The plan that [`schedule`](Self::schedule) made, to read beside the sequences, until it is submitted.
     pub(crate) fn plan(&self) -> &StepPlan {
         &self.plan
     }
 
-    /// Takes the plan's tokens as computed, and registers blocks that are full now. Sequences that have finished since it
-    /// was made are passed over; a plan is committed once.
-    pub(crate) fn commit(&mut self) {
-        if std::mem::replace(&mut self.is_committed, true) {
+    /// Says that the plan is under way: the next one counts its tokens as computed, and those that it samples as there, their
+    /// values pending. Without a plan, or for an empty one, it does nothing.
+    pub(crate) fn submit(&mut self) {
+        if self.plan.work.is_empty() {
             return;
         }
+        let mut num_sampled = 0;
         for work in &self.plan.work {
             let Some(sequence) = self.sequences.get_mut(&work.seq) else { continue };
             debug_assert_eq!(sequence.num_computed, work.start, "{work:?} was planned for another state");
             sequence.num_computed = work.start + work.len;
-            let held = sequence.held.as_mut().expect("only `schedule` takes blocks from a planned sequence");
-            self.blocks.register(held, &sequence.tokens[..sequence.num_computed]);
+            if work.samples && sequence.tokens.len() + sequence.num_pending < sequence.max_total_tokens {
+                sequence.num_pending += 1;
+                sequence.sampled_row = num_sampled;
+            }
+            num_sampled += u32::from(work.samples && !work.all_logits);
+        }
+        // Three buffers take turns: of this plan, of the one under way before it, and of the one before that, which is done.
+        let buffer = std::mem::take(&mut self.done.work);
+        let next = StepPlan::new(self.limits.token_budget, self.limits.max_running, buffer);
+        self.under_way.push_back(std::mem::replace(&mut self.plan, next));
+    }
+
+    /// How many steps are under way.
+    #[cfg(test)]
+    pub(crate) fn num_under_way(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// Registers blocks that are full now that the oldest step under way is done. Sequences that have finished since it was
+    /// planned, or have lost the blocks that it wrote, are passed over. The tokens that it sampled are to be appended next.
+    pub(crate) fn commit(&mut self) {
+        if !self.abandon() {
+            return;
+        }
+        for work in &self.done.work {
+            let Some(sequence) = self.sequences.get_mut(&work.seq) else { continue };
+            if sequence.num_preemptions != work.num_preemptions {
+                continue;
+            }
+            let held = sequence.held.as_mut().expect("it holds blocks since it was admitted");
+            self.blocks.register(held, &sequence.tokens[..work.start + work.len]);
         }
     }
 
-    /// Puts a token at the end of a sequence.
+    /// Takes the oldest step under way as failed. The caller must finish each of its sequences, whose keys and values are
+    /// unknown. Returns whether there was one.
+    pub(crate) fn abandon(&mut self) -> bool {
+        let Some(oldest) = self.under_way.pop_front() else { return false };
+        self.done = oldest;
+        true
+    }
+
+    /// The plan of the step that was committed or abandoned last, until the next one is submitted.
+    pub(crate) fn done(&self) -> &StepPlan {
+        &self.done
+    }
+
+    /// Puts a token at the end of a sequence: the oldest that is pending, if any is.
     ///
     /// # Errors
     /// [`SchedulerError::UnknownSequence`]; [`SchedulerError::Full`] if it has `max_total_tokens` already.
@@ -138,6 +185,7 @@ impl Scheduler {
             return Err(SchedulerError::Full { seq, max_total_tokens: sequence.max_total_tokens });
         }
         sequence.tokens.push(token);
+        sequence.num_pending = sequence.num_pending.saturating_sub(1);
         Ok(())
     }
 
@@ -229,11 +277,12 @@ impl Scheduler {
         let sequence = self.sequence(rank);
         let (start, num_missing) = (sequence.num_computed, sequence.num_missing());
         let max_chunk = self.limits.max_chunk.unwrap_or(usize::MAX);
-        let all_logits = sequence.want_all_logits;
+        let (all_logits, num_preemptions) = (sequence.want_all_logits, sequence.num_preemptions);
         let with_logits = if all_logits { self.limits.max_all_logits - self.plan.num_all_logits } else { usize::MAX };
         let len = num_missing.min(max_chunk).min(self.plan.room()).min(with_logits);
         if len > 0 && self.hold_up_to(rank, start + len) {
-            self.plan.push(Work { seq: rank.seq, start, len, samples: len == num_missing, all_logits });
+            let samples = len == num_missing;
+            self.plan.push(Work { seq: rank.seq, start, len, samples, all_logits, num_preemptions });
         }
     }
 
@@ -258,6 +307,10 @@ impl Scheduler {
     /// Makes a waiting sequence a running one, with blocks for all its tokens, and leaves one to each other that is running.
     /// For its sake the paused give way, and those that it outranks, but only if that is of use.
     fn admit(&mut self, rank: Rank) -> bool {
+        if self.sequence(rank).num_pending > 0 {
+            // Preempted with a step under way, whose token it is to be computed with.
+            return false;
+        }
         let max_others = self.limits.max_running - 1;
         if self.running.get(max_others).is_some_and(|&last| !rank.outranks(last)) {
             return false;
@@ -315,6 +368,7 @@ impl Scheduler {
         self.plan.remove(rank.seq);
         let sequence = self.sequences.get_mut(&rank.seq).expect("ranks are of known sequences");
         sequence.num_computed = 0;
+        sequence.num_preemptions = sequence.num_preemptions.wrapping_add(1);
         self.blocks.give_back(sequence.held.take().expect("who runs or is parked holds blocks"));
         self.num_preemptions += 1;
         self.join_queue(rank);
@@ -322,7 +376,9 @@ impl Scheduler {
 
     fn set_paused(&mut self, seq: SeqId, paused: bool) -> bool {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return false };
-        sequence.paused = paused;
+        if std::mem::replace(&mut sequence.paused, paused) == paused {
+            return true;
+        }
         let rank = sequence.rank;
         self.leave_queues(rank);
         self.join_queue(rank);

@@ -28,5 +28,6 @@ fn prompt(text: u32, len: usize) -> NewSequence {
         priority: 0,
         want_all_logits: false,
         cache_salt: 0,
+        needs_host: false,
     }
 }

@@ -24,11 +24,17 @@ impl Loop {
         self.0.plan().work.iter().map(|work| (work.seq, work.len)).collect()
     }
 
+    /// Ends a step, which is submitted unless it was.
     fn commit(&mut self) {
+        self.0.submit();
+        self.0.check().unwrap();
+        if self.0.num_under_way() == 0 {
+            return;
+        }
         self.0.commit();
         self.0.check().unwrap();
-        for i in 0..self.0.plan().work.len() {
-            let work = self.0.plan().work[i];
+        for i in 0..self.0.done().work.len() {
+            let work = self.0.done().work[i];
             if work.samples && self.0.get(work.seq).is_some() {
                 self.0.append(work.seq, 0).unwrap();
             }
@@ -39,6 +45,16 @@ impl Loop {
     fn step(&mut self) -> Vec<(SeqId, usize)> {
         let plan = self.schedule();
         self.commit();
+        plan
+    }
+
+    /// Plans a step and submits it, then ends the one before.
+    fn step_ahead(&mut self) -> Vec<(SeqId, usize)> {
+        let plan = self.schedule();
+        self.0.submit();
+        if self.0.num_under_way() > 1 || plan.is_empty() {
+            self.commit();
+        }
         plan
     }
 
@@ -72,10 +88,16 @@ fn only_the_last_chunk_of_a_prompt_samples() {
     let mut scheduler = Loop::new(Limits { token_budget: 8, ..limits() });
     let seq = scheduler.add(prompt(1, 10));
     scheduler.schedule();
-    assert_eq!(scheduler.0.plan().work, [Work { seq, start: 0, len: 8, samples: false, all_logits: false }]);
+    assert_eq!(
+        scheduler.0.plan().work,
+        [Work { seq, start: 0, len: 8, samples: false, all_logits: false, num_preemptions: 0 }]
+    );
     scheduler.commit();
     scheduler.schedule();
-    assert_eq!(scheduler.0.plan().work, [Work { seq, start: 8, len: 2, samples: true, all_logits: false }]);
+    assert_eq!(
+        scheduler.0.plan().work,
+        [Work { seq, start: 8, len: 2, samples: true, all_logits: false, num_preemptions: 0 }]
+    );
 }
 
 #[test]
@@ -204,6 +226,7 @@ fn a_sequence_paused_during_its_step_keeps_what_the_step_computed() {
     let mut scheduler = Loop::new(limits());
     let seq = scheduler.add(prompt(1, 20));
     scheduler.schedule();
+    scheduler.0.submit();
     scheduler.0.pause(seq);
     scheduler.commit();
     scheduler.0.resume(seq);
@@ -215,6 +238,7 @@ fn a_sequence_cancelled_during_its_step_is_passed_over_and_caches_nothing() {
     let mut scheduler = Loop::new(limits());
     let [gone, stays] = [1, 2].map(|text| scheduler.add(prompt(text, 20)));
     assert_eq!(scheduler.schedule(), [(gone, 20), (stays, 20)]);
+    scheduler.0.submit();
     scheduler.finish(gone);
     scheduler.commit();
     assert!(!scheduler.0.finish(gone));
@@ -330,7 +354,7 @@ fn a_stream_of_short_prompts_does_not_starve_a_long_one() {
 }
 
 #[test]
-fn a_plan_that_was_not_committed_is_made_again() {
+fn a_plan_that_was_not_submitted_is_made_again() {
     let mut scheduler = Loop::new(limits());
     let seq = scheduler.add(prompt(1, 20));
     assert_eq!(scheduler.schedule(), [(seq, 20)]);
@@ -350,4 +374,87 @@ fn what_could_never_fit_is_refused() {
     assert_eq!(scheduler.append(seq, 1), Ok(()));
     assert_eq!(scheduler.append(seq, 1), Err(SchedulerError::Full { seq, max_total_tokens: 32 }));
     assert!(!scheduler.pause(SeqId(7)));
+}
+
+#[test]
+fn a_step_ahead_plans_pending_tokens_but_for_the_last_one() {
+    let mut scheduler = Loop::new(limits());
+    let [short, long] = [2, 4].map(|n| scheduler.add(NewSequence { max_total_tokens: 4 + n, ..prompt(n as u32, 4) }));
+    let carried = |scheduler: &Loop, seq| scheduler.0.get(seq).unwrap().carried();
+    assert_eq!(scheduler.step_ahead(), [(short, 4), (long, 4)]);
+    assert_eq!([short, long].map(|seq| carried(&scheduler, seq)), [Some(0), Some(1)]);
+    // The second of two tokens is sampled by the second step, and not computed.
+    assert_eq!(scheduler.step_ahead(), [(short, 1), (long, 1)]);
+    assert_eq!(scheduler.step_ahead(), [(long, 1)]);
+    assert_eq!((carried(&scheduler, short), carried(&scheduler, long)), (None, Some(0)));
+    scheduler.finish(short);
+    assert_eq!(scheduler.step_ahead(), [(long, 1)]);
+    assert_eq!(scheduler.step_ahead(), []);
+    assert_eq!(scheduler.0.get(long).unwrap().tokens().len(), 8);
+}
+
+#[test]
+fn what_needs_the_host_waits_for_its_token_and_others_do_not() {
+    let mut scheduler = Loop::new(limits());
+    let waits = scheduler.add(NewSequence { needs_host: true, ..prompt(1, 4) });
+    let other = scheduler.add(prompt(2, 4));
+    assert_eq!(scheduler.step_ahead(), [(waits, 4), (other, 4)]);
+    for _ in 0..3 {
+        assert_eq!(scheduler.step_ahead(), [(other, 1)]);
+        assert_eq!(scheduler.step_ahead(), [(waits, 1), (other, 1)]);
+    }
+}
+
+#[test]
+fn blocks_are_found_when_their_step_is_done() {
+    let mut scheduler = Loop::new(limits());
+    scheduler.add(prompt(1, 32));
+    assert_eq!(scheduler.step_ahead().len(), 1);
+    let early = scheduler.add(prompt(1, 32));
+    assert_eq!(scheduler.step_ahead().len(), 2);
+    let late = scheduler.add(prompt(1, 32));
+    assert_eq!(scheduler.step_ahead().len(), 3);
+    assert_eq!((scheduler.num_cached(early), scheduler.num_cached(late)), (0, 16));
+}
+
+#[test]
+fn a_sequence_preempted_with_a_step_under_way_keeps_the_token_and_nothing_else() {
+    let mut scheduler = Loop::new(Limits { num_blocks: 3, ..limits() });
+    let old = scheduler.add(prompt(1, 16));
+    let new = scheduler.add(prompt(2, 15));
+    assert_eq!(scheduler.step_ahead(), [(old, 16), (new, 15)]);
+    assert_eq!(scheduler.step_ahead(), [(old, 1), (new, 1)]); // the third block is for old
+    let high = scheduler.add(NewSequence { priority: 1, max_total_tokens: 17, ..prompt(3, 16) });
+    assert_eq!(scheduler.schedule(), [(high, 16)]);
+    assert_eq!([old, new].map(|seq| scheduler.0.get(seq).unwrap().carried()), [Some(0), Some(1)]);
+    scheduler.commit();
+    scheduler.commit();
+    for (seq, len) in [(old, 18), (new, 17)] {
+        let found = scheduler.0.get(seq).unwrap();
+        assert_eq!((found.tokens().len(), found.num_computed(), found.carried()), (len, 0, None));
+    }
+    // Of the step under way when it lost its block, nothing is kept: new's 16th token is computed again.
+    assert_eq!(scheduler.0.stats().blocks, BlockCounts { free: 1, cached: 1, in_use: 1 });
+    scheduler.finish(high);
+    assert_eq!(scheduler.step_ahead(), [(old, 2)]);
+    scheduler.finish(old);
+    scheduler.commit();
+    assert_eq!(scheduler.step_ahead(), [(new, 17)]);
+}
+
+#[test]
+fn a_failed_step_registers_nothing() {
+    let mut scheduler = Loop::new(limits());
+    let failed = scheduler.add(prompt(1, 32));
+    scheduler.step_ahead();
+    let other = scheduler.add(prompt(2, 32));
+    scheduler.schedule();
+    scheduler.0.submit();
+    assert!(scheduler.0.abandon());
+    assert_eq!(scheduler.0.done().work[0].seq, failed);
+    scheduler.finish(failed);
+    scheduler.commit();
+    assert!(!scheduler.0.abandon());
+    assert_eq!(scheduler.0.stats().blocks, BlockCounts { free: 62, cached: 0, in_use: 2 });
+    assert_eq!(scheduler.step(), [(other, 1)]);
 }
