@@ -4,6 +4,8 @@
 //! `E` hidden size, `F` MLP size, `V` vocabulary, `B` tokens in a cache block. The CPU's scalar code defines each
 //! operator; every other implementation is tested against it.
 
+use std::time::Duration;
+
 use crate::{DType, KernelError, SampleRow, Sampled};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
@@ -184,6 +186,11 @@ pub trait Backend: Send + 'static {
     /// its call returns.
     fn depth(&self) -> usize {
         0
+    }
+
+    /// How long the device has had nothing to do, if it is done with all that it was given.
+    fn idle(&self) -> Option<Duration> {
+        None
     }
 
     /// An empty tensor of `cols` columns with room for `max_rows` rows.

@@ -8,10 +8,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::device::Device;
 use super::graph::{Graph, Recording};
-use super::memory::Buffer;
+use super::memory::{Buffer, Event};
 use super::ops::attention::{Attention, AttentionOperands};
 use super::ops::embed::{Embed, NOT_CARRIED};
 use super::ops::gather_rows::GatherRows;
@@ -138,6 +139,8 @@ pub struct CudaBackend {
     gather: GatherRows,
     /// Made when it is known how many rows it may get.
     sampler: Option<CudaSampler>,
+    /// The end of the newest sampling, and one to compare it with.
+    sampled_at: Option<[Event; 2]>,
     inv_freq: Vec<(Rope, Buffer)>,
     plan: AttentionPlan,
     max_slots: usize,
@@ -189,6 +192,7 @@ impl CudaBackend {
             silu: SiluMul::new(device, dtype)?,
             gather: GatherRows::new(device, dtype)?,
             sampler: None,
+            sampled_at: None,
             inv_freq: Vec::new(),
             plan: AttentionPlan::default(),
             max_slots: 0,
@@ -297,6 +301,15 @@ impl Backend for CudaBackend {
 
     fn depth(&self) -> usize {
         1
+    }
+
+    fn idle(&self) -> Option<Duration> {
+        let [end, now] = self.sampled_at.as_ref()?;
+        if !end.is_reached().ok()? {
+            return None;
+        }
+        // The device is done, so this takes some microseconds.
+        now.record().and_then(|()| now.wait()).and_then(|()| now.since(end)).ok()
     }
 
     fn tensor(&self, max_rows: usize, cols: usize, what_for: TensorUse) -> Result<CudaTensor, KernelError> {
@@ -613,7 +626,11 @@ impl Backend for CudaBackend {
         };
         let (ptr, rows_there) = (logits.buffer.ptr(), logits.max_rows);
         let logits = Logits { ptr, rows: rows_there, vocab: logits.cols, stride: logits.cols };
-        sampler.launch(&self.device, logits, rows)
+        sampler.launch(&self.device, logits, rows)?;
+        if self.sampled_at.is_none() {
+            self.sampled_at = Some([Event::timed(&self.device)?, Event::timed(&self.device)?]);
+        }
+        self.sampled_at.as_ref().map_or(Ok(()), |[end, _]| end.record())
     }
 
     fn collect_sampled(&mut self) -> Result<Vec<Sampled>, KernelError> {

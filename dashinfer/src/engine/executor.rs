@@ -78,6 +78,10 @@ impl<B: Backend> Executor for LocalExecutor<B> {
         self.decoder.backend().depth().min(1)
     }
 
+    fn idle_before_submit(&self) -> Option<Duration> {
+        self.decoder.backend().idle()
+    }
+
     fn submit(&mut self, step: &Step<'_>) -> Result<(), Error> {
         let mut logits = self.decoder.forward(step.batch, &mut self.cache)?;
         // Sampling may overwrite a row, so rows are read first. This waits for the device; only scoring asks for rows.
