@@ -75,13 +75,13 @@ pub struct CarriedId {
     pub sampled: u32,
 }
 
-/// What is to be done after [`Backend::begin_step`].
+/// What is to be done next for the step that was begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "operators must not be issued twice"]
+#[must_use = "operators must be issued as often as is asked for"]
 pub enum Issue {
-    /// Issue the operators of the step, then [`end_step`](Backend::end_step).
+    /// Issue the operators of the step, then call [`end_step`](Backend::end_step).
     Operators,
-    /// Nothing: the backend has issued the operators of an equal step again, on the rows of this one.
+    /// Nothing: they are on their way, or the backend has issued those of an equal step again, on the rows of this one.
     Nothing,
 }
 
@@ -218,9 +218,13 @@ pub trait Backend: Send + 'static {
         cache: &mut Self::KvCache,
     ) -> Result<Issue, KernelError>;
 
-    /// Ends the operators of a step. One that is begun while another was not ended, because an operator failed, is a new one.
-    fn end_step(&mut self) -> Result<(), KernelError> {
-        Ok(())
+    /// Ends the operators of a step, or hears why they could not all be issued. A backend that took them down, to issue them as
+    /// a whole, and failed at that, asks for them once more.
+    ///
+    /// # Errors
+    /// The error in `issued`, or one of the backend.
+    fn end_step(&mut self, issued: Result<(), KernelError>) -> Result<Issue, KernelError> {
+        issued.map(|()| Issue::Nothing)
     }
 
     /// `out[t, :] = table[ids[t], :]` of the step's ids. `table`: `[V, E]`; `out`: `[T, E]`.

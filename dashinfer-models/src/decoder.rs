@@ -108,9 +108,12 @@ impl<B: Backend> Decoder<B> {
             logit_rows: &batch.logit_rows,
             may_record: observe.is_none(),
         };
-        if self.backend.begin_step(&step, &self.ropes, cache)? == Issue::Operators {
-            self.issue(batch, cache, observe.unwrap_or(&mut |_, _, _| ()))?;
-            self.backend.end_step()?;
+        let mut nobody = |_: &B, _: usize, _: &B::Tensor| ();
+        let observe = observe.unwrap_or(&mut nobody);
+        let mut next = self.backend.begin_step(&step, &self.ropes, cache)?;
+        while next == Issue::Operators {
+            let issued = self.issue(batch, cache, &mut *observe);
+            next = self.backend.end_step(issued)?;
         }
         self.num_logit_rows = batch.logit_rows.len();
         Ok(self.logits())

@@ -83,7 +83,8 @@ fn engines_of_different_types_share_a_gpu() {
         return;
     }
     let types = [ComputeType::BF16, ComputeType::F16, ComputeType::F32];
-    let engines = types.map(|compute| on_gpu(Engine::load(FERRIS)).compute(compute).kv_cache_bytes(32 << 20).blocking());
+    let engines =
+        types.map(|compute| on_gpu(Engine::load(FERRIS)).compute(compute).kv_cache_bytes(32 << 20).blocking());
     let engines = engines.map(Result::unwrap);
     std::thread::scope(|scope| {
         for engine in &engines {

@@ -5,7 +5,6 @@
 //! whose addresses stay. So a step that decodes one row of each of its sequences, padded to one of a few sizes, is recorded the
 //! second time it is seen, and started as a whole from then on.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -23,6 +22,7 @@ use super::ops::rope::{RopeAndCache, RopeOperands, RopeSizes};
 use super::ops::sample::{CudaSampler, Logits};
 use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
+use super::records::{Next, Records};
 use super::step::{Steps, section};
 use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
@@ -108,13 +108,6 @@ struct RecordKey {
     is_split: bool,
 }
 
-#[derive(Debug)]
-enum Recorded {
-    /// Computed once: what it needs is compiled and chosen.
-    Seen,
-    Graph(Graph),
-}
-
 /// What is known of the step that was begun.
 #[derive(Debug, Default)]
 struct Current {
@@ -146,8 +139,7 @@ pub struct CudaBackend {
     max_slots: usize,
     current: Current,
     steps: Steps,
-    recorded: HashMap<RecordKey, Recorded>,
-    recorded_generation: u64,
+    records: Records<RecordKey, Graph>,
     rows: RowScratch,
 }
 
@@ -198,8 +190,7 @@ impl CudaBackend {
             max_slots: 0,
             current: Current::default(),
             steps: Steps::new(device)?,
-            recorded: HashMap::new(),
-            recorded_generation: 0,
+            records: Records::new(),
             rows: RowScratch::default(),
         })
     }
@@ -243,7 +234,7 @@ impl CudaBackend {
                     self.inv_freq.truncate(index);
                     self.inv_freq.push((rope.clone(), buffer));
                     // They name the frequencies' addresses.
-                    self.recorded.clear();
+                    self.records.clear();
                 }
             }
         }
@@ -444,36 +435,47 @@ impl Backend for CudaBackend {
         if !decodes || self.plan.chunks.len() > 1 {
             return Ok(Issue::Operators);
         }
-        let generation = self.steps.decode.generation() + self.attention.generation();
-        if generation != self.recorded_generation {
-            self.recorded.clear();
-            self.recorded_generation = generation;
-        }
         let key = RecordKey { cache: cache.id, rows, is_split: self.plan.is_split() };
-        match self.recorded.get(&key) {
-            Some(Recorded::Graph(graph)) => {
+        self.current.key = Some(key);
+        let generation = self.steps.decode.generation() + self.attention.generation();
+        match self.records.next(key, generation) {
+            Next::Compute => {}
+            // One that cannot even be started is computed as it comes.
+            Next::Record => self.current.recording = Recording::start(&self.device).ok(),
+            Next::Start(graph) => {
                 graph.launch()?;
                 return Ok(Issue::Nothing);
             }
-            Some(Recorded::Seen) => self.current.recording = Some(Recording::start(&self.device)?),
-            None => {}
         }
-        self.current.key = Some(key);
         Ok(Issue::Operators)
     }
 
-    fn end_step(&mut self) -> Result<(), KernelError> {
-        let Some(key) = self.current.key.take() else { return Ok(()) };
-        let recorded = match self.current.recording.take() {
-            Some(recording) => {
-                let graph = recording.finish()?;
-                graph.launch()?;
-                Recorded::Graph(graph)
+    fn end_step(&mut self, issued: Result<(), KernelError>) -> Result<Issue, KernelError> {
+        let key = self.current.key;
+        let Some(recording) = self.current.recording.take() else {
+            if let (Some(key), Ok(())) = (key, &issued) {
+                self.records.computed(key);
             }
-            None => Recorded::Seen,
+            return issued.map(|()| Issue::Nothing);
         };
-        self.recorded.insert(key, recorded);
-        Ok(())
+        // What other threads do on the GPU (another engine that loads) can void a recording. It is tried again with a later step;
+        // this one is computed as it comes.
+        let graph = issued.and_then(|()| recording.finish());
+        match (graph, key) {
+            (Ok(graph), key) => {
+                graph.launch()?;
+                if let Some(key) = key {
+                    self.records.recorded(key, graph);
+                }
+                Ok(Issue::Nothing)
+            }
+            (Err(_), key) => {
+                if let Some(key) = key {
+                    self.records.failed(key);
+                }
+                Ok(Issue::Operators)
+            }
+        }
     }
 
     fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear) -> Result<(), KernelError> {

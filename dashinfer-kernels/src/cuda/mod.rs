@@ -18,6 +18,7 @@ mod nvrtc;
 mod ops;
 mod plan;
 mod probe;
+mod records;
 mod step;
 mod tensor_map;
 #[cfg(test)]
