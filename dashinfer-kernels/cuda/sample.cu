@@ -2,7 +2,7 @@
 //
 // argmax   rows that are greedy and nothing else. Several blocks per row; each gives its best to an atomic maximum, the last
 //          to arrive writes the id. Limit: memory, 4·V bytes per row.
-// sample   all other rows, one block of 1024 threads each: log-probabilities, edits, argmax, top-k, top-p, min-p, draw.
+// sample   all other rows, one block of 512 threads each: log-probabilities, edits, argmax, top-k, top-p, min-p, draw.
 //          Limit: one block reads its row two to four times, 4·V bytes each, of which the first comes from memory.
 //
 // Masses are integers: a weight w <= 1 counts floor(w · 2^44). Integer sums do not depend on their order, so the result is
@@ -13,15 +13,15 @@
 //   top-p  keys are weights, entries count their mass, wanted = p · total
 //   draw   keys fall as ids rise, entries count their mass, wanted = floor(u · total) + 1
 //
-// The searches look at a list of likely tokens in shared memory: those at least as large as the n-th largest of the 1024
+// The searches look at a list of likely tokens in shared memory: those at least as large as the n-th largest of the 512
 // maxima of the threads, so n at least. Where the list proves too short or too long, they look at the row (`search_row`).
 #include "common.cuh"
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32;
-constexpr u32 MAX_LISTED = 4096, PER_THREAD = MAX_LISTED / THREADS;
+constexpr u32 THREADS = 512, WARPS = THREADS / 32; // with 1024, each has too few registers
+constexpr u32 MAX_LISTED = 2048, PER_THREAD = MAX_LISTED / THREADS;
 constexpr u32 MAX_TOP = 64;
-// How many thread maxima bound the list for top-p: if values are spread evenly, it gets some 2100 tokens.
-constexpr u32 NUCLEUS_RANK = 896;
+// How many thread maxima bound the list for top-p: if values are spread evenly, it gets some 1100 tokens.
+constexpr u32 NUCLEUS_RANK = 448;
 constexpr u32 NUM_BINS = 2048;
 constexpr float MAX_FLOAT = 3.402823466e38f;
 constexpr u32 NONE = 0xffffffffu;
@@ -196,7 +196,7 @@ __device__ __forceinline__ Shared& shared_memory() {
     __syncthreads(); // of an earlier use
     if (threadIdx.x % 32 == 0) shared.of_warp[threadIdx.x / 32] = x;
     __syncthreads();
-    return warp_sum(shared.of_warp[threadIdx.x % 32]);
+    return warp_sum(threadIdx.x % 32 < WARPS ? shared.of_warp[threadIdx.x % 32] : 0);
 }
 __device__ __forceinline__ u64 best(u64 x) {
     Shared& shared = shared_memory();
@@ -204,7 +204,7 @@ __device__ __forceinline__ u64 best(u64 x) {
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared.of_warp[threadIdx.x / 32] = x;
     __syncthreads();
-    return warp_best(shared.of_warp[threadIdx.x % 32]);
+    return warp_best(threadIdx.x % 32 < WARPS ? shared.of_warp[threadIdx.x % 32] : 0);
 }
 // The sum over this thread and those before it; `total`: over all.
 __device__ __forceinline__ u64 scan(u64 x, u64& total) {
@@ -218,7 +218,7 @@ __device__ __forceinline__ u64 scan(u64 x, u64& total) {
     __syncthreads();
     if (lane == 31) shared.of_warp[threadIdx.x / 32] = x;
     __syncthreads();
-    const u64 mass = shared.of_warp[lane];
+    const u64 mass = lane < WARPS ? shared.of_warp[lane] : 0;
     total = warp_sum(mass);
     return x + warp_sum(lane < threadIdx.x / 32 ? mass : 0);
 }
@@ -299,15 +299,18 @@ __device__ __noinline__ u32 search_row(const Values values, u64 wanted, const En
         });
         if (pending != 0) atomicAdd(&shared.bins[bin], pending);
         __syncthreads();
-        // From the largest bin down, two for each thread.
-        const u32 larger = NUM_BINS - 1 - 2 * threadIdx.x, smaller = larger - 1;
-        const u64 a = shared.bins[larger], b = shared.bins[smaller];
-        u64 total;
-        const u64 until = above + scan(a + b, total), before = until - a - b;
+        // From the largest bin down, some for each thread.
+        constexpr u32 PER = NUM_BINS / THREADS;
+        const u32 largest = NUM_BINS - 1 - PER * threadIdx.x;
+        u64 mass = 0, total;
+        for (u32 i = 0; i < PER; i++) mass += shared.bins[largest - i];
+        const u64 until = above + scan(mass, total);
+        u64 before = until - mass;
         if (before < wanted && until >= wanted) {
-            const bool first = before + a >= wanted;
-            shared.found = first ? larger : smaller;
-            shared.above = first ? before : before + a;
+            u32 at = largest;
+            while (before + shared.bins[at] < wanted) before += shared.bins[at--];
+            shared.found = at;
+            shared.above = before;
         }
         __syncthreads();
         if (shared.found == NONE) return 0;
@@ -504,7 +507,7 @@ __device__ __noinline__ u32 draw_from_row(const Values values, double u, const S
     if (threadIdx.x % 32 == 0) shared.bins[threadIdx.x / 32] = mass;
     __syncthreads();
     u64 total = 0;
-    for (int i = 0; i < WARPS; i++) total += shared.bins[i];
+    for (u32 i = 0; i < WARPS; i++) total += shared.bins[i];
     u64 wanted = min(u64(u * double(total)) + 1, total);
     u32 warp = 0;
     while (warp < WARPS - 1 && shared.bins[warp] < wanted) wanted -= shared.bins[warp++];
@@ -618,7 +621,7 @@ struct Results {
     float* top_logprobs;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 KERNEL(sample)(float* logits, u64 stride, u32 vocab, const Row* rows, const u32* lists, const u32* carried_ids, u32* tables,
                float* copies, u64 copy_stride, u32* ids, Results results) {
     let_next_start();

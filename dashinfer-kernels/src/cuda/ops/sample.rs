@@ -212,7 +212,7 @@ impl CudaSampler {
                 .u64(copy_stride(logits) as u64)
                 .ptr(ids)
                 .value(&results);
-            let launch = Launch { grid: [num_general, 1, 1], block: 1024, shared: 0 };
+            let launch = Launch { grid: [num_general, 1, 1], block: 512, shared: 0 };
             // SAFETY: the parameters are those of `sample` in `cuda/sample.cu`. Rows and indices as above; lists, tables and
             // copies were laid out by `Plan::fill` and have room (`grow`); carried rows are among those of the call before.
             unsafe { self.sample.launch(device, launch, &mut args)? };

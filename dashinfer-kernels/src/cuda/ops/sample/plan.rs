@@ -179,7 +179,7 @@ impl Plan {
             top_k: top_k.map_or(0, |k| k.get()),
             num_top: logprobs.unwrap_or(0) as u32,
             inverse_temperature: temperature.recip().min(f32::MAX),
-            lowest_weight: if min_p > 0.0 { min_p.min(1.0).max(f32::MIN_POSITIVE) } else { f32::MIN_POSITIVE },
+            lowest_weight: if min_p > 0.0 { min_p.clamp(f32::MIN_POSITIVE, 1.0) } else { f32::MIN_POSITIVE },
             repetition,
             frequency,
             presence,

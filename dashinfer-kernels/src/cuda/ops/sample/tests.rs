@@ -87,7 +87,7 @@ impl Case {
             params.min_p = random.of(&[0.01, 0.1, 0.5, 1.0, 2.0, f32::NAN]);
         }
         // One id beyond the row now and then.
-        let mut ids = |longest: usize, random: &mut Random| {
+        let ids = |longest: usize, random: &mut Random| {
             (0..random.below(longest + 1)).map(|_| random.below(vocab + 1) as u32).collect::<Vec<_>>()
         };
         let (mut prompt, mut generated, mut banned) = (vec![], vec![], vec![]);
@@ -130,47 +130,37 @@ impl Case {
 fn is_close(logits: &[f32], case: &Case, id: u32) -> bool {
     const MARGIN: f64 = 1e-6;
     let SampleParams { temperature, top_k, top_p, min_p, seed, .. } = case.params;
-    let clamp = |x: f32| f64::from(x.min(f32::MAX));
     let mut sorted: Vec<f32> = logits.iter().copied().filter(|x| *x > f32::NEG_INFINITY).collect();
     sorted.sort_by(|a, b| b.total_cmp(a));
+    let last = top_k.and_then(|k| sorted.get(k.get() as usize - 1)).copied().unwrap_or(f32::NEG_INFINITY);
+    sorted.retain(|&x| x >= last);
+    // What top-k left. From here on, +∞ is the largest number.
+    let logits: Vec<f32> =
+        logits.iter().map(|&x| if x >= last { x.min(f32::MAX) } else { f32::NEG_INFINITY }).collect();
+    sorted.iter_mut().for_each(|x| *x = x.min(f32::MAX));
     let Some(&max) = sorted.first() else { return false };
-    let least = top_k.and_then(|k| sorted.get(k.get() as usize - 1)).copied().unwrap_or(f32::NEG_INFINITY);
-    let weight = |x: f32| ((clamp(x) - clamp(max)) / f64::from(temperature)).exp();
-    let kept_by_k = |x: f32| x > f32::NEG_INFINITY && x >= least;
-    let total: f64 = sorted.iter().filter(|x| kept_by_k(**x)).map(|&x| weight(x)).sum();
-    // Top-p keeps a token if the mass above it is below p; min-p if it is heavy enough. Both with a little room, both ways.
-    let above = |w: f64| sorted.iter().map(|&x| weight(x)).filter(|&v| v > w * (1.0 + MARGIN)).sum::<f64>() / total;
-    let p = if top_p < 1.0 { f64::from(top_p) } else { 2.0 };
-    let least_weight = if min_p > 0.0 { f64::from(min_p.min(1.0)) } else { 0.0 };
-    // The lightest weight that is surely kept and the lightest that may be.
-    let bound = |room: f64| {
-        let mut distinct: Vec<f64> = sorted.iter().filter(|x| kept_by_k(**x)).map(|&x| weight(x)).collect();
-        distinct.dedup();
-        let (mut lightest, mut before) = (distinct[0], 0.0);
-        let mut i = 0;
-        for &w in &distinct {
-            if before / total >= p + room && i > 0 {
+    let weight = |x: f32| ((f64::from(x) - f64::from(max)) / f64::from(temperature)).exp();
+    let total: f64 = sorted.iter().map(|&x| weight(x)).sum();
+    let top_p = if top_p < 1.0 { f64::from(top_p) } else { 2.0 };
+    let min_p = if min_p > 0.0 { f64::from(min_p.min(1.0)) } else { 0.0 };
+    // The last logit kept, if top-p and min-p keep a little less or a little more.
+    let last = |room: f64| {
+        let (mut last, mut above) = (max, 0.0);
+        for ties in sorted.chunk_by(|a, b| a == b) {
+            let w = weight(ties[0]);
+            if ties[0] < max && (above >= (top_p + room) * total || w < min_p * (1.0 - room)) {
                 break;
             }
-            if w < least_weight * (1.0 - room) {
-                break;
-            }
-            while i < sorted.len() && weight(sorted[i]) >= w {
-                before += weight(sorted[i]);
-                i += 1;
-            }
-            lightest = w;
+            last = ties[0];
+            above += w * ties.len() as f64;
         }
-        lightest
+        last
     };
-    let _ = above;
     let u = uniform(seed, case.position);
-    [bound(-MARGIN), bound(MARGIN)].into_iter().any(|lightest| {
-        let kept = |x: f32| kept_by_k(x) && weight(x) >= lightest;
-        let total: f64 = logits.iter().filter(|x| kept(**x)).map(|&x| weight(x)).sum();
-        let before: f64 = logits[..id as usize].iter().filter(|x| kept(**x)).map(|&x| weight(x)).sum();
-        let x = logits[id as usize];
-        kept(x) && before / total <= u + MARGIN && (before + weight(x)) / total >= u - MARGIN
+    [last(-MARGIN), last(MARGIN)].into_iter().any(|last| {
+        let mass = |logits: &[f32]| logits.iter().filter(|x| **x >= last).map(|&x| weight(x)).sum::<f64>();
+        let (total, before, until) = (mass(&logits), mass(&logits[..id as usize]), mass(&logits[..=id as usize]));
+        logits[id as usize] >= last && before <= (u + MARGIN) * total && until >= (u - MARGIN) * total
     })
 }
 
@@ -186,6 +176,9 @@ fn check(found: &Sampled, logits: &[f32], case: &Case) -> bool {
         )
     };
     let greedy = case.params.temperature <= 0.0 || case.params.top_k.is_some_and(|k| k.get() == 1);
+    if !greedy && edited.iter().any(|x| *x > f32::NEG_INFINITY) {
+        assert!(is_close(&edited, case, expected.id), "the CPU's token is far off: {}", name());
+    }
     if found.id != expected.id {
         assert!(!greedy && is_close(&edited, case, found.id), "{} instead of {}: {}", found.id, expected.id, name());
     }
