@@ -38,6 +38,7 @@ impl Buffer {
     }
 
     /// The device that it is on.
+    #[cfg(test)]
     pub(crate) fn device(&self) -> &Arc<Device> {
         &self.device
     }
@@ -149,16 +150,6 @@ impl Pinned {
         let result =
             unsafe { sys::cuMemcpyHtoDAsync_v2(to.ptr + offset as u64, self.ptr.cast(), len, self.device.stream()) };
         checked("cuMemcpyHtoDAsync", result)
-    }
-
-    /// Starts a copy of `len` bytes of `from` at `offset` to its beginning. It must not be read until that is done.
-    pub(crate) fn start_download(&mut self, from: &Buffer, offset: usize, len: usize) -> Result<(), KernelError> {
-        from.check_range("download", offset, len)?;
-        self.check_range("download", len)?;
-        // SAFETY: as above.
-        let result =
-            unsafe { sys::cuMemcpyDtoHAsync_v2(self.ptr.cast(), from.ptr + offset as u64, len, self.device.stream()) };
-        checked("cuMemcpyDtoHAsync", result)
     }
 
     fn check_range(&self, op: &'static str, len: usize) -> Result<(), KernelError> {

@@ -127,7 +127,8 @@ impl PlanParams {
     }
 
     /// Units of a step of at most `rows` rows.
-    pub(crate) fn units_for(&self, rows: usize) -> usize {
+    #[cfg(test)]
+    fn units_for(&self, rows: usize) -> usize {
         rows + self.slots_for(rows)
     }
 }

@@ -141,7 +141,6 @@ pub static UNITS: &[Listed] = &[
             ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| vec![ops::attention_simple::option(pairs)]).collect()
         },
     },
-    Listed { unit: &ops::convert::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::gather_rows::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::linear::rows::UNIT, archs: Archs::SINCE_SM80, types: HALVES, variants: linear_rows },

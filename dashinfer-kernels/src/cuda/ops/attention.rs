@@ -8,6 +8,7 @@
 //! When results must not depend on the step, rows of prompts are computed as decodes are, each by itself.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use super::attention_combine::AttentionCombine;
@@ -242,13 +243,14 @@ impl Attention {
                 let (k, v) = (k?, v?);
                 // A cache at the same address may be another one, of other sizes.
                 let key = k ^ (num_blocks as u64).rotate_left(40);
-                if !maps.contains_key(&key) {
-                    maps.insert(key, kernel.cache_maps(k, v, num_blocks)?);
-                }
+                let maps = match maps.entry(key) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(place) => place.insert(kernel.cache_maps(k, v, num_blocks)?),
+                };
                 let operands = Operands {
                     out: out.holding(OP, "values of the output", num_rows * heads * head_dim, size)?,
                     qkv: qkv.holding(OP, "values of qkv", num_rows * (heads + 2 * kv_heads) * head_dim, size)?,
-                    cache: &maps[&key],
+                    cache: maps,
                     tiles: tiles.holding(OP, "tiles", num_tiles, 16)?,
                     num_tiles: num_tiles as u32,
                     block_table: block_table.holding(OP, "blocks", 1, 4)?,

@@ -179,7 +179,7 @@ mod tests {
             lengths.iter().map(|(rows, before)| (rows + before).div_ceil(block_size)).sum::<usize>() + 3;
         // Blocks in no order, by a stride that is coprime to their number.
         let stride = (num_blocks / 2..)
-            .find(|s| (1..=num_blocks).filter(|f| s % f == 0 && num_blocks % f == 0).count() == 1)
+            .find(|s| (1..=num_blocks).filter(|f| s % f == 0 && num_blocks.is_multiple_of(*f)).count() == 1)
             .unwrap();
         for &(rows, before) in lengths {
             sequences.push((first_row, rows, before, table.len()));

@@ -7,7 +7,6 @@ pub(crate) mod attention_prefill_sm80;
 pub(crate) mod attention_prefill_sm90;
 pub(crate) mod attention_simple;
 pub(crate) mod attention_units;
-pub(crate) mod convert;
 pub(crate) mod embed;
 pub(crate) mod gather_rows;
 pub(crate) mod linear;

@@ -19,7 +19,7 @@ pub(crate) struct Span<'a> {
 impl<'a> Span<'a> {
     /// `bytes` bytes of `buffer`, from `offset` on.
     pub(crate) fn part(buffer: &'a Buffer, offset: usize, bytes: usize) -> Result<Self, KernelError> {
-        let end = offset.checked_add(bytes).unwrap_or(usize::MAX);
+        let end = offset.saturating_add(bytes);
         if end > buffer.bytes() {
             let (what, found) = ("bytes of the buffer", buffer.bytes());
             return Err(KernelError::Shape { op: "span", what, wanted: end, found });

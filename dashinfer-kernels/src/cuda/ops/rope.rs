@@ -84,7 +84,7 @@ impl RopeAndCache {
     /// block to a row, of so many warps that few lanes are idle in the last round.
     fn threads(sizes: &RopeSizes) -> (u32, u32) {
         let heads = sizes.num_heads + 2 * sizes.num_kv_heads;
-        let by_eight = sizes.head_dim % 8 == 0 && sizes.rotated % 8 == 0 && sizes.head_dim <= 256;
+        let by_eight = sizes.head_dim.is_multiple_of(8) && sizes.rotated.is_multiple_of(8) && sizes.head_dim <= 256;
         let lanes = if by_eight { (sizes.head_dim / 8).next_power_of_two().clamp(8, 32) } else { 32 };
         let heads_per_warp = 32 / lanes;
         let warps = heads.div_ceil(heads_per_warp);
