@@ -22,7 +22,7 @@ fn request(first: u32) -> Request {
 }
 
 fn engine(settings: impl FnOnce(Load) -> Load) -> Engine {
-    load(settings(Engine::load(tiny()).stream_buffer(BUFFER)))
+    load(settings(Engine::load(tiny()).stream_buffer(BUFFER).max_batch(64).deterministic(true)))
 }
 
 fn read_all(stream: TokenStream) -> Answer {
