@@ -23,9 +23,6 @@ pub(crate) static SIMPLE: Unit =
 
 const OP: &str = "linear";
 
-/// Up to so many rows are read once by the rows kernel; from there on cuBLASLt is faster.
-const MOST_ROWS: usize = 16;
-
 /// Whether a row's result may depend on the rows beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum LinearMode {
@@ -53,8 +50,27 @@ fn way_for(arch: Arch, dtype: DType, [m, n, k]: [usize; 3], mode: LinearMode) ->
         return Way::Simple;
     }
     // cuBLASLt has few kernels, slow ones, for rows that do not start at multiples of 16 bytes.
-    let few = m <= MOST_ROWS || n % 8 != 0 || k % 8 != 0;
+    let few = m <= most_rows(n, k) || n % 8 != 0 || k % 8 != 0;
     if few || mode == LinearMode::RowsAlone { Way::Rows } else { Way::CublasLt }
+}
+
+/// Up to so many rows the rows kernel is the fastest way to multiply with `[n, k]`, by `bench_linear` on an H200:
+///
+/// | layer | n | k | rows | rows kernel | cuBLASLt |
+/// |---|---|---|---|---|---|
+/// | o of 0.5b | 896 | 896 | 32 | 3.4 µs | 4.0 µs |
+/// | most | 4608 | 3584 | 16, 32 | 10.8, 13.1 µs | 10.7, 10.9 µs |
+/// | head of 0.5b | 151936 | 896 | 8, 16 | 66.0, 85.9 µs | 70.4, 71.0 µs |
+/// | head of 7b | 152064 | 3584 | 1, 4, 16 | 263, 267, 264 µs | 251, 254, 262 µs |
+///
+/// Among equals the rows kernel is chosen: it starts while the kernel in front of it ends, and gates in place.
+fn most_rows(n: usize, k: usize) -> usize {
+    match n {
+        100_000.. if k >= 2048 => 0,
+        100_000.. => 8,
+        _ if n * k <= 1 << 20 => 32,
+        _ => 16,
+    }
 }
 
 /// The weights of a dense layer on a GPU.

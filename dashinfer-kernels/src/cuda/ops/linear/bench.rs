@@ -149,7 +149,8 @@ fn bench_linear() {
             if out_f32 && m > 256 {
                 continue;
             }
-            let rows = (m <= 256).then(|| bench.rows(m, shape, tile_for(device.arch, device.num_sms, m, n))).flatten();
+            let rows =
+                (m <= 256).then(|| bench.rows(m, shape, tile_for(device.arch, device.num_sms, [m, n, k]))).flatten();
             let first = bench.cublaslt(m, shape, false);
             let tuned = bench.cublaslt(m, shape, true);
             let [rows, first, tuned] = [rows, first, tuned].map(|time| rate(time, m, n, k));
