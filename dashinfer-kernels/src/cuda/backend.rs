@@ -440,6 +440,7 @@ impl Backend for CudaBackend {
         })?;
 
         self.current = Current { rows, num_logit_rows: step.logit_rows.len(), key: None, recording: None };
+        self.linears.set_repeats(false);
         // A recorded step knows where its lists are, not how they are cut.
         if !decodes || self.plan.chunks.len() > 1 {
             return Ok(Issue::Operators);
@@ -456,7 +457,8 @@ impl Backend for CudaBackend {
                 return Ok(Issue::Nothing);
             }
             Some(Recorded::Seen) => self.current.recording = Some(Recording::start(&self.device)?),
-            None => {}
+            // The shapes of the record to come.
+            None => self.linears.set_repeats(true),
         }
         self.current.key = Some(key);
         Ok(Issue::Operators)
