@@ -113,15 +113,11 @@ impl Bench {
 
     fn cublaslt(&self, m: usize, shape: usize, tuned: bool) -> Option<Duration> {
         let library = self.linears.cublaslt.as_ref()?;
-        if tuned {
-            let (shape, addresses) = self.linears.for_cublaslt(&self.operands(m, shape, 0));
-            // SAFETY: the buffers hold the largest shape.
-            unsafe { library.tune(shape, addresses).ok()? };
-        }
+        let choose = if tuned { Choose::Fastest } else { Choose::First };
         self.time(m, shape, |operands| {
             let (shape, addresses) = self.linears.for_cublaslt(operands);
-            // SAFETY: as above.
-            unsafe { library.run(shape, addresses) }
+            // SAFETY: the buffers hold the largest shape. The first call is not recorded.
+            unsafe { library.run(shape, addresses, choose) }
         })
     }
 }
@@ -149,7 +145,8 @@ fn bench_linear() {
             if out_f32 && m > 256 {
                 continue;
             }
-            let rows = (m <= 256).then(|| bench.rows(m, shape, tile_for(device.arch, device.num_sms, m, n))).flatten();
+            let rows =
+                (m <= 256).then(|| bench.rows(m, shape, tile_for(device.arch, device.num_sms, [m, n, k]))).flatten();
             let first = bench.cublaslt(m, shape, false);
             let tuned = bench.cublaslt(m, shape, true);
             let [rows, first, tuned] = [rows, first, tuned].map(|time| rate(time, m, n, k));

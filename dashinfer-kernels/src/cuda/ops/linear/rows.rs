@@ -30,12 +30,13 @@ const fn tile(shape: [usize; 7]) -> Tile {
     Tile { tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm }
 }
 
-/// Parts that K is cut into, `PARTS` of `linear_rows.cu`.
-#[cfg(test)]
+/// Parts that K is cut into, and values of K in a unit: `PARTS` and `UNIT` of `linear_rows.cu`.
 const PARTS: usize = 8;
+const UNIT_K: usize = 64;
 
 // rows of x, groups of 16 weight rows, warps beside each other, warps along K, blocks along K, stages, blocks per SM
-const ROWS_8: Tile = tile([8, 1, 1, 8, 1, 3, 3]);
+const ROWS_8: Tile = tile([8, 1, 1, 8, 1, 4, 2]);
+const ROWS_8_MORE: Tile = tile([8, 1, 1, 8, 1, 3, 3]);
 const ROWS_8_WIDE: Tile = tile([8, 2, 1, 8, 1, 2, 2]);
 const ROWS_16: Tile = tile([16, 1, 1, 8, 1, 3, 2]);
 const ROWS_16_WIDE: Tile = tile([16, 2, 1, 8, 1, 2, 2]);
@@ -44,30 +45,35 @@ const ROWS_32: Tile = tile([32, 1, 2, 4, 1, 2, 2]);
 const ROWS_32_CLUSTER: Tile = tile([32, 2, 2, 2, 4, 3, 3]);
 const ROWS_64_CLUSTER: Tile = tile([64, 2, 4, 1, 8, 2, 3]);
 // For SM100 and newer, where the compiler takes a few registers more.
-const ROWS_8_SM100: Tile = tile([8, 1, 1, 8, 1, 3, 2]);
 const ROWS_64_SM100: Tile = tile([64, 1, 4, 1, 8, 2, 3]);
 
 /// Every tile that [`tile_for`] may choose on `arch`.
 pub(crate) fn tiles(arch: Arch) -> &'static [Tile] {
     if arch.number() >= 100 {
-        &[ROWS_8_SM100, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_SM100]
+        &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_SM100]
     } else if arch.number() >= 90 {
-        &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_CLUSTER]
+        &[ROWS_8, ROWS_8_MORE, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_CLUSTER]
     } else {
-        &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32]
+        &[ROWS_8, ROWS_8_MORE, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32]
     }
 }
 
-/// The tile for `m` rows of x and `n` weight rows. Wide ones halve what is read of x, if there is work enough for all SMs.
-pub(crate) fn tile_for(arch: Arch, num_sms: u32, m: usize, n: usize) -> Tile {
-    let wide = n >= 32 * 4 * num_sms as usize;
+/// The tile for `m` rows of x, `n` weight rows, and sums over `k`: by `bench_linear_tiles` on an H200.
+///
+/// Blocks that run at once should be all there are, or many times fewer: with two to an SM, 288 blocks (n = 4608) take a
+/// second turn for the last 24. Loads far ahead pay unless a warp's share of K is a unit or two.
+pub(crate) fn tile_for(arch: Arch, num_sms: u32, [m, n, k]: [usize; 3]) -> Tile {
+    let blocks_per_sm = n.div_ceil(16).div_ceil(num_sms as usize);
+    let short = k <= 2 * PARTS * UNIT_K;
     let (clusters, sm100) = (arch.number() >= 90, arch.number() >= 100);
-    match (m, wide) {
-        (0..=8, false) if sm100 => ROWS_8_SM100,
-        (0..=8, false) => ROWS_8,
-        (0..=8, true) => ROWS_8_WIDE,
-        (9..=16, false) => ROWS_16,
-        (9..=16, true) => ROWS_16_WIDE,
+    match (m, blocks_per_sm) {
+        (0..=8, 0..=2) => ROWS_8,
+        // Half as many blocks, that fit nearly at once.
+        (0..=8, 4..=8) if short => ROWS_8_WIDE,
+        (0..=8, blocks) if !sm100 && (blocks == 3 || short) => ROWS_8_MORE,
+        (0..=8, _) => ROWS_8,
+        (9..=16, 0..=2) => ROWS_16,
+        (9..=16, _) => ROWS_16_WIDE,
         (17..=32, _) if clusters => ROWS_32_CLUSTER,
         _ if sm100 => ROWS_64_SM100,
         _ if clusters => ROWS_64_CLUSTER,
@@ -125,7 +131,8 @@ impl Rows {
     /// # Safety
     /// As for [`run_with`](Self::run_with).
     pub(super) unsafe fn run(&self, device: &Arc<Device>, operands: &Operands, gated: bool) -> Result<(), KernelError> {
-        let tile = tile_for(device.arch, device.num_sms, operands.m, operands.n * if gated { 2 } else { 1 });
+        let weight_rows = operands.n * if gated { 2 } else { 1 };
+        let tile = tile_for(device.arch, device.num_sms, [operands.m, weight_rows, operands.k]);
         // SAFETY: the caller's promise.
         unsafe { self.run_with(device, operands, gated, tile) }
     }
@@ -178,8 +185,8 @@ mod tests {
     fn every_tile_sums_all_parts_within_the_shared_memory_of_a_block() {
         for arch in [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)].map(|(major, minor)| Arch { major, minor }) {
             for m in 1..=80 {
-                for n in [16, 896, 37888, 152_064] {
-                    let tile = tile_for(arch, 132, m, n);
+                for (n, k) in [(16, 896), (896, 4864), (4608, 3584), (9728, 896), (37888, 3584), (152_064, 896)] {
+                    let tile = tile_for(arch, 132, [m, n, k]);
                     assert!(tiles(arch).contains(&tile), "{tile:?}");
                     assert!(tile.tile_m >= m.min(32));
                     assert_eq!(PARTS % (tile.k_warps * tile.cluster), 0);
@@ -191,5 +198,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What was fastest, or within noise of it, on 132 SMs.
+    #[test]
+    fn the_layers_of_two_models_get_their_fastest_tiles() {
+        let check = |n, k, of_8, of_16| {
+            let tile = |m| tile_for(Arch::SM90, 132, [m, n, k]);
+            assert_eq!([tile(1), tile(8), tile(9), tile(16)], [of_8, of_8, of_16, of_16], "{n} {k}");
+        };
+        check(4608, 3584, ROWS_8_MORE, ROWS_16_WIDE);
+        check(3584, 3584, ROWS_8, ROWS_16);
+        check(37888, 3584, ROWS_8, ROWS_16_WIDE);
+        check(3584, 18944, ROWS_8, ROWS_16);
+        check(1152, 896, ROWS_8, ROWS_16);
+        check(896, 896, ROWS_8, ROWS_16);
+        check(9728, 896, ROWS_8_WIDE, ROWS_16_WIDE);
+        check(896, 4864, ROWS_8, ROWS_16);
+        check(151_936, 896, ROWS_8_MORE, ROWS_16_WIDE);
     }
 }
