@@ -23,11 +23,34 @@ pub(crate) struct Tile {
     pub(crate) cluster: usize,
     pub(crate) stages: usize,
     pub(crate) blocks_per_sm: usize,
+    pub(crate) prefetch: Prefetch,
 }
 
-const fn tile(shape: [usize; 7]) -> Tile {
+/// What a block has brought to L2 before it waits for its inputs. A hint, which changes no bit.
+#[cfg_attr(not(test), expect(dead_code, reason = "no tile has it before `bench_linear_tiles` measured it"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Prefetch {
+    None,
+    /// The rest of its own weights, as far as `PREFETCH_KB` of each row.
+    Own,
+    /// Those of the block that is so many halves of a wave, of all blocks that run at once, further on.
+    HalfWaves(usize),
+}
+
+/// KB of each row, at most: all of a row of 4096 values.
+const PREFETCH_KB: usize = 8;
+
+pub(super) const fn tile(shape: [usize; 7]) -> Tile {
     let [tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm] = shape;
-    Tile { tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm }
+    Tile { tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm, prefetch: Prefetch::None }
+}
+
+impl Tile {
+    /// The same with another prefetch: `ROWS_8.with(Prefetch::Own)`.
+    #[cfg(test)]
+    pub(super) const fn with(self, prefetch: Prefetch) -> Self {
+        Self { prefetch, ..self }
+    }
 }
 
 /// Parts that K is cut into, and values of K in a unit: `PARTS` and `UNIT` of `linear_rows.cu`.
@@ -96,7 +119,7 @@ pub(crate) struct Variant {
 impl Variant {
     /// The compiler's options, without that of the element type.
     pub(crate) fn options(self) -> Vec<String> {
-        let Tile { tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm } = self.tile;
+        let Tile { tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm, prefetch } = self.tile;
         let macros = [
             ("TILE_M", tile_m),
             ("ROW_GROUPS", row_groups),
@@ -106,6 +129,7 @@ impl Variant {
             ("STAGES", stages),
             // Loads of single values need more registers, and are slow anyway.
             ("BLOCKS_PER_SM", if self.aligned { blocks_per_sm } else { 1 }),
+            ("PREFETCH", if prefetch == Prefetch::None { 0 } else { PREFETCH_KB }),
             ("ALIGNED", usize::from(self.aligned)),
             ("OUT_F32", usize::from(self.out_f32)),
             ("GATED", usize::from(self.gated)),
@@ -159,7 +183,11 @@ impl Rows {
             found: blocks,
         })?;
         let block = (32 * tile.row_warps * tile.k_warps) as u32;
-        let mut args = Args::new().ptr(out).ptr(x).ptr(weight).ptr(bias_f32).i32(m as i32).i32(n as i32).i32(k as i32);
+        let wave = tile.blocks_per_sm * device.num_sms as usize;
+        let ahead = if let Prefetch::HalfWaves(halves) = tile.prefetch { halves * wave / 2 } else { 0 };
+        let args = Args::new().ptr(out).ptr(x).ptr(weight).ptr(bias_f32);
+        // Whole clusters ahead.
+        let mut args = args.i32(m as i32).i32(n as i32).i32(k as i32).i32((ahead / tile.cluster * tile.cluster) as i32);
         // SAFETY: these are the kernel's parameters; the rest is the caller's promise.
         unsafe { kernel.launch(device, Launch { grid: [grid as u32, 1, 1], block, shared: 0 }, &mut args) }
     }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::super::testing::*;
-use super::rows::{Tile, tiles};
+use super::rows::{Prefetch, Tile, tile_for, tiles};
 use super::*;
 
 const HALVES: [DType; 2] = [DType::BF16, DType::F16];
@@ -223,6 +223,25 @@ fn a_row_does_not_depend_on_the_rows_beside_it_nor_on_the_tile() {
             let x = Span::part(x, first * k * 2, count * k * 2).unwrap();
             linears.run((&out).into(), x, count, &case.layer, DType::F32).unwrap();
             assert_eq!(read(&out, DType::F32), want[first * n..][..count * n], "{dtype} {n}x{k} {count} from {first}");
+        }
+    }
+}
+
+/// Whatever is brought to the cache, of rows that end with the tile and of rows that do not: in one wave, and in several.
+#[test]
+fn bringing_weights_to_the_cache_changes_no_bit() {
+    let Some(device) = test_device() else { return };
+    if device.arch.number() < 90 {
+        return;
+    }
+    let linears = Linears::new(&device, DType::BF16, LinearMode::RowsAlone).unwrap();
+    let plain = tile_for(device.arch, device.num_sms, [3, 16, 4096]);
+    for [n, k] in [[70, 6152], [16 * 5 * device.num_sms as usize + 5, 520]] {
+        let case = Case::new(&device, DType::BF16, [3, n, k], true);
+        let want = read(&case.run_with(&linears, DType::BF16, plain), DType::BF16);
+        for prefetch in [Prefetch::Own, Prefetch::HalfWaves(1), Prefetch::HalfWaves(2)] {
+            let got = read(&case.run_with(&linears, DType::BF16, plain.with(prefetch)), DType::BF16);
+            assert_eq!(got, want, "{n}x{k} {prefetch:?}");
         }
     }
 }
