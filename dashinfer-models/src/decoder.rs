@@ -15,6 +15,9 @@ use crate::{
     weights::{LayerWeights, Weights},
 };
 
+/// Is shown hidden states, with their layer; see [`Decoder::forward_observed`].
+type Observe<'a, B> = dyn FnMut(&B, usize, &<B as Backend>::Tensor) + 'a;
+
 /// A loaded model. It holds no sequence: what was computed is in the cache, which the caller owns.
 pub struct Decoder<B: Backend> {
     backend: B,
@@ -88,7 +91,7 @@ impl<B: Backend> Decoder<B> {
         &mut self,
         batch: &ForwardBatch,
         cache: &mut B::KvCache,
-        observe: &mut dyn FnMut(&B, usize, &B::Tensor),
+        observe: &mut Observe<'_, B>,
     ) -> Result<Logits<'_, B>, ForwardError> {
         self.step(batch, cache, Some(observe))
     }
@@ -97,7 +100,7 @@ impl<B: Backend> Decoder<B> {
         &mut self,
         batch: &ForwardBatch,
         cache: &mut B::KvCache,
-        observe: Option<&mut dyn FnMut(&B, usize, &B::Tensor)>,
+        observe: Option<&mut Observe<'_, B>>,
     ) -> Result<Logits<'_, B>, ForwardError> {
         self.num_logit_rows = 0;
         batch.check_limits(&self.spec, self.limits)?;
@@ -124,7 +127,7 @@ impl<B: Backend> Decoder<B> {
         &mut self,
         batch: &ForwardBatch,
         cache: &mut B::KvCache,
-        observe: &mut dyn FnMut(&B, usize, &B::Tensor),
+        observe: &mut Observe<'_, B>,
     ) -> Result<(), KernelError> {
         self.backend.embed(&mut self.activations.residual, &self.weights.embed)?;
         let last = self.spec.num_layers() - 1;
@@ -162,7 +165,7 @@ impl<B: Backend> Decoder<B> {
         &mut self,
         layer: usize,
         cache: &mut B::KvCache,
-        observe: &mut dyn FnMut(&B, usize, &B::Tensor),
+        observe: &mut Observe<'_, B>,
     ) -> Result<(), KernelError> {
         let Self { backend, spec, weights, activations: x, .. } = self;
         let (facts, layer_weights) = (&spec.layers[layer], &weights.layers[layer]);
@@ -208,7 +211,7 @@ impl<B: Backend> Decoder<B> {
         backend.linear(&mut x.delta, &x.inner, down)
     }
 
-    fn head(&mut self, picked: bool, observe: &mut dyn FnMut(&B, usize, &B::Tensor)) -> Result<(), KernelError> {
+    fn head(&mut self, picked: bool, observe: &mut Observe<'_, B>) -> Result<(), KernelError> {
         let Self { backend, spec, weights, activations: x, .. } = self;
         let residual = if picked { &mut x.picked_residual } else { &mut x.residual };
         backend.add_rms_norm(&mut x.normed, residual, &x.delta, &weights.norm, spec.norm_eps)?;

@@ -138,18 +138,7 @@ impl Device {
         let (arch, modules) = (Arch { major, minor }, Mutex::default());
         let compiler = Compiler::new(arch, kernels, Places::of_this_process(), Some(cuda)).map_err(release)?;
         let l2_bytes = l2_bytes as usize;
-        Ok(Arc::new(Self {
-            device,
-            context,
-            stream,
-            arch,
-            num_sms,
-            l2_bytes,
-            cuda,
-            name,
-            compiler,
-            modules,
-        }))
+        Ok(Arc::new(Self { device, context, stream, arch, num_sms, l2_bytes, cuda, name, compiler, modules }))
     }
 
     /// Makes the GPU current on this thread: each thread does so before its first call.

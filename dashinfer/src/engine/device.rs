@@ -67,6 +67,16 @@ impl ComputeType {
     }
 }
 
+impl From<DType> for ComputeType {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::BF16,
+        }
+    }
+}
+
 /// The type in which keys and values are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]

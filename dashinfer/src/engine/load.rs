@@ -532,6 +532,7 @@ fn start_on<B: Backend>(
         vocab_size: spec.vocab_size,
         context: plan.estimate.context,
         device,
+        compute: plan.compute.into(),
         weight_bytes: plan.estimate.weight_bytes,
         kv_cache_bytes: plan.estimate.kv_cache_bytes,
         kv_cache_tokens: plan.estimate.kv_cache_tokens,

@@ -57,6 +57,8 @@ pub struct ModelInfo {
     pub context: usize,
     /// Where it runs: `cpu` or `cuda`.
     pub device: &'static str,
+    /// The type of activations; never [`ComputeType::Auto`].
+    pub compute: ComputeType,
     /// Bytes of packed weights.
     pub weight_bytes: u64,
     /// Bytes of the KV cache.
