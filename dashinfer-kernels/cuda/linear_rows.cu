@@ -15,6 +15,10 @@
 // changes no bit. So a row of out depends on neither M, nor its neighbours, nor TILE_M. Parts are interleaved so that those
 // who sum them, in step, read a row's neighbouring units at about the same time: DRAM likes long runs.
 //
+// Registers hold a few units ahead. With PREFETCH a block also has weights brought to L2 before it waits for its inputs, so
+// that memory is busy while the kernel in front of it ends: the rest of its rows, or those of the block that comes blocks_ahead
+// further, when it can be expected to end.
+//
 // A cluster of CLUSTER blocks makes a tile of ROWS weight rows and TILE_M rows of x; the tiles of the same weight rows lie
 // next to each other in the grid, so that L2 serves all but the first: num_blocks = ceil(N / OUT_COLS) * ceil(M / TILE_M)
 // * CLUSTER. Warp = k_warp * ROW_WARPS + row_warp. SM80 and newer; bf16 and f16.
@@ -42,6 +46,9 @@
 #ifndef BLOCKS_PER_SM // that registers must suffice for
 #define BLOCKS_PER_SM 1
 #endif
+#ifndef PREFETCH // KB of each row that are brought to L2 ahead of the loads (0, older than SM90, not aligned: none)
+#define PREFETCH 0
+#endif
 #ifndef ALIGNED // whether K % 8 == 0: rows start at multiples of 16 bytes
 #define ALIGNED 1
 #endif
@@ -51,6 +58,8 @@
 #ifndef GATED
 #define GATED 0
 #endif
+
+#define DO_PREFETCH (PREFETCH && ALIGNED && __CUDA_ARCH__ >= 900)
 
 #if __CUDA_ARCH__ >= 800
 #if OUT_F32
@@ -134,12 +143,26 @@ __device__ __forceinline__ float load_of_block(u32 smem, int block) {
 struct Place {
     int block, first_row, first_col;
 };
-__device__ __forceinline__ Place place_of_block(int num_rows) {
+__device__ __forceinline__ Place place_of_block(int num_rows, int further = 0) {
     u32 at;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(at));
+    at += further;
     const u32 tile = at / CLUSTER, tiles_m = (u32(num_rows) + TILE_M - 1) / TILE_M;
     return {int(at % CLUSTER), int(tile % tiles_m * TILE_M), int(tile / tiles_m * OUT_COLS)};
 }
+
+#if DO_PREFETCH
+// Has values first_k .. end_k of the weight rows of a block's tile brought to L2; each warp asks for a few of the rows.
+__device__ __forceinline__ void prefetch_rows(const T* w, Place place, int num_cols, int num_k, int first_k, int end_k) {
+    if (threadIdx.x % 32 != 0 || place.block != 0 || place.first_row != 0 || first_k >= end_k) return;
+    for (int row = threadIdx.x / 32; row < ROWS; row += THREADS / 32) {
+        const int col = place.first_col + (GATED ? row / 16 * 8 + row % 8 : row);
+        if (col >= num_cols) continue;
+        const T* from = w + size_t(col + (GATED && row % 16 >= 8 ? num_cols : 0)) * num_k + first_k;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"((end_k - first_k) * 2) : "memory");
+    }
+}
+#endif
 
 // The same as in silu_mul.cu.
 __device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.f + __expf(-gate)); }
@@ -151,7 +174,8 @@ __device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.f 
 #endif
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    KERNEL(linear_rows)(Out* out, const T* x, const T* w, const float* bias, int num_rows, int num_cols, int num_k) {
+    KERNEL(linear_rows)(Out* out, const T* x, const T* w, const float* bias, int num_rows, int num_cols, int num_k,
+                        int blocks_ahead) {
     let_next_start();
     __shared__ alignas(128) u8 smem[SMEM];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -225,6 +249,17 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
     };
 
     start_part();
+#if DO_PREFETCH
+    {
+        constexpr int AHEAD = PREFETCH * 1024 / 2;
+        // Nobody did it for the first blocks. Where there is one round, all parts start at the beginning of the rows.
+        constexpr int HERE = ROUNDS == 1 ? STAGES * STRIDE : 0;
+        if (int(blockIdx.x) < blocks_ahead || blocks_ahead == 0)
+            prefetch_rows(w, place, num_cols, num_k, HERE, min(num_k, HERE + AHEAD));
+        if (blocks_ahead > 0 && blockIdx.x + blocks_ahead < gridDim.x)
+            prefetch_rows(w, place_of_block(num_rows, blocks_ahead), num_cols, num_k, 0, min(num_k, AHEAD));
+    }
+#endif
     wait_for_inputs();
 
     float total[PAIRS_PER_THREAD][2] = {};

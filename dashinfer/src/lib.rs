@@ -54,7 +54,8 @@
 //!
 //! # What holds
 //!
-//! - A request's tokens do not depend on what it is batched with, on the prefix cache, on preemption or on the number of threads.
+//! - A request's tokens do not depend on what it is batched with, on the prefix cache, on preemption or on the number of threads: on
+//!   the CPU always, on a GPU with [`Load::deterministic`].
 //! - [`Load::memory_limit`] bounds weights, activations and KV cache together. [`Load::estimate`] says what they would take.
 //! - When the KV cache is full, sequences wait or are computed again later; none fails.
 //! - Several engines live in one process and share nothing. An idle one uses no CPU.
@@ -62,13 +63,16 @@
 //!
 //! # What runs
 //!
-//! Dense models of the Llama, Mistral, Qwen2 (and 2.5) and Qwen3 families, with weights in f32, f16 or bf16, on the CPU: with kernels for
-//! AVX2 where the machine has it, else with plain code that is much slower. There is no GPU backend and no quantization yet.
+//! Dense models of the Llama, Mistral, Qwen2 (and 2.5) and Qwen3 families, with weights in f32, f16 or bf16. On the CPU: with kernels for
+//! AVX2 where the machine has it, else with plain code that is much slower. On an NVIDIA GPU of compute capability 7.0 or newer, with
+//! the feature `cuda`. There is no quantization yet.
 //!
 //! # Features
 //!
 //! `x86` and `arm`, both on by default, compile kernels for these architectures, each on its own only; instruction sets are
 //! chosen at run time. (`arm` has none yet.) Without them the plain code runs.
+//!
+//! `cuda` computes on an NVIDIA GPU where there is one ([`Device`]). It builds anywhere: driver and libraries are opened at run time.
 
 mod engine;
 mod error;

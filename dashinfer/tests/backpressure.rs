@@ -22,7 +22,7 @@ fn request(first: u32) -> Request {
 }
 
 fn engine(settings: impl FnOnce(Load) -> Load) -> Engine {
-    load(settings(Engine::load(tiny()).stream_buffer(BUFFER)))
+    load(settings(Engine::load(tiny()).stream_buffer(BUFFER).max_batch(64).deterministic(true)))
 }
 
 fn read_all(stream: TokenStream) -> Answer {
@@ -51,7 +51,9 @@ fn thirty_one_fast_readers_beside_one_that_never_polls() {
         (stats.running, stats.waiting, stats.paused) == (0, 0, 1)
     });
     let late_tokens = engine.stats().generated_tokens - before - 31 * NUM_TOKENS as u64;
-    assert_eq!(late_tokens, BUFFER as u64);
+    // An engine one step ahead had one more on its way when the buffer was full.
+    let in_flight = u64::from(engine.model().device != "cpu");
+    assert!((BUFFER as u64..=BUFFER as u64 + in_flight).contains(&late_tokens), "{late_tokens}");
 
     assert_eq!(read_all(late), expected[31]);
     assert_idle(&engine);

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use common::{FERRIS, Random, complete, complete_all, tiny};
 use dashinfer::{ComputeType, Device, Engine, Error, Load, Request};
 use dashinfer_kernels::KernelError;
@@ -12,8 +14,11 @@ use dashinfer_kernels::cuda::CudaDevice;
 /// Bytes that the driver may keep of what an engine used: code, and pools of its own.
 const KEPT_BY_THE_DRIVER: u64 = 64 << 20;
 
-fn device() -> Option<CudaDevice> {
-    CudaDevice::open(0).map_err(|error| eprintln!("skipped: no CUDA device ({error})")).ok()
+/// The device, and the right to it: tests that count its memory are alone.
+fn device() -> Option<(CudaDevice, MutexGuard<'static, ()>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let device = CudaDevice::open(0).map_err(|error| eprintln!("skipped: no CUDA device ({error})")).ok()?;
+    Some((device, ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
 fn on_gpu(load: Load) -> Load {
@@ -26,9 +31,7 @@ fn greedy(prompt: Vec<u32>) -> Request {
 
 #[test]
 fn in_f32_the_gpu_continues_as_the_cpu_does() {
-    if device().is_none() {
-        return;
-    }
+    let Some(_alone) = device() else { return };
     let cpu = Engine::load(FERRIS).device(Device::Cpu).max_context(512).blocking().unwrap();
     let gpu = on_gpu(Engine::load(FERRIS)).compute(ComputeType::F32).blocking().unwrap();
     assert_eq!((cpu.model().device, gpu.model().device), ("cpu", "cuda"));
@@ -44,7 +47,7 @@ fn in_f32_the_gpu_continues_as_the_cpu_does() {
 
 #[test]
 fn an_engine_that_goes_gives_the_device_s_memory_back() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device() else { return };
     let cycle = || {
         let engine = on_gpu(Engine::load(FERRIS)).kv_cache_bytes(64 << 20).blocking().unwrap();
         complete(&engine, greedy(vec![5; 100]));
@@ -61,7 +64,7 @@ fn an_engine_that_goes_gives_the_device_s_memory_back() {
 
 #[test]
 fn out_of_memory_is_an_error_by_name_after_which_others_go_on() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device() else { return };
     let neighbour = on_gpu(Engine::load(tiny())).kv_cache_bytes(1 << 20).blocking().unwrap();
     let before = device.memory().unwrap().0;
     let most = device.memory().unwrap().1;
@@ -79,9 +82,7 @@ fn out_of_memory_is_an_error_by_name_after_which_others_go_on() {
 
 #[test]
 fn engines_of_different_types_share_a_gpu() {
-    if device().is_none() {
-        return;
-    }
+    let Some(_alone) = device() else { return };
     let types = [ComputeType::BF16, ComputeType::F16, ComputeType::F32];
     let engines =
         types.map(|compute| on_gpu(Engine::load(FERRIS)).compute(compute).kv_cache_bytes(32 << 20).blocking());
@@ -107,9 +108,7 @@ fn a_gpu_that_is_not_there_is_an_error_that_says_so() {
 
 #[test]
 fn a_cache_of_another_type_than_the_activations_is_refused() {
-    if device().is_none() {
-        return;
-    }
+    let Some(_alone) = device() else { return };
     let load = on_gpu(Engine::load(tiny())).compute(ComputeType::BF16).kv_cache(dashinfer::KvCacheType::F32);
     let error = load.blocking().unwrap_err().to_string();
     assert_eq!(error, "load: a KV cache in f32 beside activations in bf16 is not supported by the cuda backend");

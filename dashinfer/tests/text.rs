@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use common::{FERRIS, Random, argmax, complete, golden_prompts, load, log_softmax, tiny};
 use dashinfer::{Chunk, Completion, Engine, FinishReason, Message, Request, SpecialTokens, Tokenizer};
 
-static ENGINE: LazyLock<Engine> = LazyLock::new(|| load(Engine::load(FERRIS)));
+static ENGINE: LazyLock<Engine> = LazyLock::new(|| load(Engine::load(FERRIS).deterministic(true)));
 
 const PROMPT: &str = "# Final Project: Building a Multithreaded Web Server\n\nIt’s been a long journey, but we’ve reached the end of the";
 

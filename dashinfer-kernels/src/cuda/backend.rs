@@ -456,6 +456,7 @@ impl Backend for CudaBackend {
 
         let num_logit_rows = step.logit_rows.len();
         self.current = Current { rows, num_logit_rows, is_decode: decodes, ..Current::default() };
+        self.linears.set_repeats(false);
         // A recorded step knows where its lists are, not how they are cut.
         if !decodes || self.plan.chunks.len() > 1 {
             return Ok(Issue::Operators);
@@ -464,7 +465,8 @@ impl Backend for CudaBackend {
         self.current.key = Some(key);
         let generation = self.steps.decode.generation() + self.attention.generation();
         match self.records.next(key, generation) {
-            Next::Compute => {}
+            // The shapes of the record to come.
+            Next::Compute => self.linears.set_repeats(true),
             // One that cannot even be started is computed as it comes.
             Next::Record => self.current.recording = Recording::start(&self.device).ok(),
             Next::Start(graph) => {

@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -23,7 +22,7 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 const WORKSPACE_BYTES_SM90: usize = 64 << 20;
 /// How many of the heuristic's proposals are tried out.
 const CANDIDATES: usize = 8;
-/// Runs of each, of which the fastest counts.
+/// Timed runs of each, of which the fastest counts.
 const RUNS: usize = 3;
 /// `CUBLAS_OP_T` of `cublas_api.h`.
 const TRANSPOSE: i32 = 1;
@@ -41,6 +40,15 @@ pub(crate) struct LtShape {
     /// Of the result, and of the bias.
     pub(crate) out: DType,
     pub(crate) has_bias: bool,
+}
+
+/// Which of the heuristic's proposals runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Choose {
+    /// The one it likes best.
+    First,
+    /// The fastest: they are timed at the first call for a shape, which waits for the device (8 proposals, 4 runs each).
+    Fastest,
 }
 
 /// Addresses on the device, each a multiple of 16.
@@ -84,57 +92,64 @@ impl CublasLt {
         Ok(Self { device: Arc::clone(device), handle, workspace, plans: Mutex::default() })
     }
 
-    /// Puts the product into the stream, by the plan of its shape: the heuristic's first proposal unless it was [tuned](Self::tune).
+    /// Puts the product into the stream, by the plan of its shape. Once the fastest proposal is known it runs, whatever is chosen.
     ///
     /// # Safety
     /// The operands are there, in the sizes of `shape`, until the work is done. The device is current on this thread.
-    pub(crate) unsafe fn run(&self, shape: LtShape, operands: LtOperands) -> Result<(), KernelError> {
+    pub(crate) unsafe fn run(&self, shape: LtShape, operands: LtOperands, choose: Choose) -> Result<(), KernelError> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = match plans.entry(shape) {
             Entry::Occupied(plan) => plan.into_mut(),
             Entry::Vacant(slot) => slot.insert(self.plan(shape)?),
         };
+        if choose == Choose::Fastest && !plan.is_timed {
+            // SAFETY: the caller's promise.
+            unsafe { self.tune(plan, operands)? };
+        }
         // SAFETY: the caller's promise.
         unsafe { self.start(plan, plan.candidates[plan.best], operands) }
     }
 
-    /// Times the heuristic's first proposals on these operands and keeps the fastest for the shape. `out` is written. Factors that
-    /// fit into the cache are timed from there. Returns the time; none, and does nothing, while work is recorded.
+    /// Times the proposals on these operands; the fastest becomes the plan's. `out` is written. Factors that fit into the cache are
+    /// timed from there. Does nothing while work is recorded.
     ///
     /// # Safety
     /// As for [`run`](Self::run).
-    pub(crate) unsafe fn tune(&self, shape: LtShape, operands: LtOperands) -> Result<Option<Duration>, KernelError> {
+    unsafe fn tune(&self, plan: &mut Plan, operands: LtOperands) -> Result<(), KernelError> {
         let mut state = driver::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: the stream lives as long as the device.
         let result = unsafe { driver::cuStreamIsCapturing(self.device.stream(), &mut state) };
         checked("cuStreamIsCapturing", result)?;
         if state != driver::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
-            return Ok(None);
+            return Ok(());
         }
-        let mut plan = self.plan(shape)?;
-        let (start, end) = (Event::timed(&self.device)?, Event::timed(&self.device)?);
+        let marks = (0..=RUNS).map(|_| Event::timed(&self.device)).collect::<Result<Vec<_>, _>>()?;
         let mut best = None;
         for (index, &candidate) in plan.candidates.iter().enumerate() {
-            for run in 0..=RUNS {
-                start.record()?;
-                // SAFETY: the caller's promise. A proposal that does not run is passed over.
-                if unsafe { self.start(&plan, candidate, operands) }.is_err() {
-                    break;
-                }
-                end.record()?;
-                end.wait()?;
-                let time = end.since(&start)?;
-                if run > 0 && best.is_none_or(|(fastest, _)| time < fastest) {
+            // SAFETY: the caller's promise. A proposal that does not run is passed over.
+            if unsafe { self.start(plan, candidate, operands) }.is_err() {
+                continue;
+            }
+            // That run loaded the code, and goes on while the others are put behind it: they follow each other without a gap.
+            for mark in &marks[..RUNS] {
+                mark.record()?;
+                // SAFETY: the caller's promise.
+                unsafe { self.start(plan, candidate, operands)? };
+            }
+            marks[RUNS].record()?;
+            marks[RUNS].wait()?;
+            for run in marks.windows(2) {
+                let time = run[1].since(&run[0])?;
+                if best.is_none_or(|(fastest, _)| time < fastest) {
                     best = Some((time, index));
                 }
             }
         }
-        let Some((time, index)) = best else {
+        let Some((_, index)) = best else {
             return Err(failed("cublasLtMatmul")(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)));
         };
-        plan.best = index;
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner).insert(shape, plan);
-        Ok(Some(time))
+        (plan.best, plan.is_timed) = (index, true);
+        Ok(())
     }
 
     /// # Safety
@@ -191,7 +206,7 @@ impl CublasLt {
         let (weight, x) = (Layout::new(dtype, k, cols)?, Layout::new(dtype, k, rows)?);
         let out = Layout::new(out, cols, rows)?;
         let candidates = self.candidates(&desc, [&weight, &x, &out])?;
-        Ok(Plan { desc, weight, x, out, candidates, best: 0 })
+        Ok(Plan { desc, weight, x, out, candidates, best: 0, is_timed: false })
     }
 
     /// The heuristic's proposals, the one it likes best first.
@@ -267,6 +282,8 @@ struct Plan {
     candidates: Vec<sys::cublasLtMatmulAlgo_t>,
     /// Which of them runs.
     best: usize,
+    /// Whether that is the fastest.
+    is_timed: bool,
 }
 
 struct MatmulDesc(sys::cublasLtMatmulDesc_t);

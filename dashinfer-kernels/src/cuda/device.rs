@@ -67,6 +67,8 @@ pub(crate) struct Device {
     pub(crate) arch: Arch,
     /// Multiprocessors.
     pub(crate) num_sms: u32,
+    /// Bytes of the cache that all multiprocessors share.
+    pub(crate) l2_bytes: usize,
     /// The newest major version of CUDA whose code and libraries the driver takes.
     pub(crate) cuda: u32,
     /// The name that the driver gives.
@@ -120,6 +122,7 @@ impl Device {
                 attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
                 attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+                attribute(Of::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
             ];
             // SAFETY: as above; a stream that does not wait for the default stream can be captured.
             unsafe {
@@ -129,12 +132,13 @@ impl Device {
             }
             Ok(facts)
         };
-        let [major, minor, num_sms] = facts().map_err(release)?;
+        let [major, minor, num_sms, l2_bytes] = facts().map_err(release)?;
         // SAFETY: the driver ended the name within the array, whose last byte it was not given.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         let (arch, modules) = (Arch { major, minor }, Mutex::default());
         let compiler = Compiler::new(arch, kernels, Places::of_this_process(), Some(cuda)).map_err(release)?;
-        Ok(Arc::new(Self { device, context, stream, arch, num_sms, cuda, name, compiler, modules }))
+        let l2_bytes = l2_bytes as usize;
+        Ok(Arc::new(Self { device, context, stream, arch, num_sms, l2_bytes, cuda, name, compiler, modules }))
     }
 
     /// Makes the GPU current on this thread: each thread does so before its first call.

@@ -9,7 +9,7 @@ mod tests;
 use std::sync::Arc;
 
 use super::operand::{Span, typed_kernel};
-use crate::cuda::cublaslt::{CublasLt, LtOperands, LtShape};
+use crate::cuda::cublaslt::{Choose, CublasLt, LtOperands, LtShape};
 use crate::cuda::device::{Arch, Device};
 use crate::cuda::kernel::{Args, Kernel, Launch};
 use crate::cuda::memory::Buffer;
@@ -22,9 +22,6 @@ pub(crate) static SIMPLE: Unit =
     Unit { name: "linear_simple.cu", source: include_str!("../../../cuda/linear_simple.cu") };
 
 const OP: &str = "linear";
-
-/// Up to so many rows are read once by the rows kernel; from there on cuBLASLt is faster.
-const MOST_ROWS: usize = 16;
 
 /// Whether a row's result may depend on the rows beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,8 +50,27 @@ fn way_for(arch: Arch, dtype: DType, [m, n, k]: [usize; 3], mode: LinearMode) ->
         return Way::Simple;
     }
     // cuBLASLt has few kernels, slow ones, for rows that do not start at multiples of 16 bytes.
-    let few = m <= MOST_ROWS || n % 8 != 0 || k % 8 != 0;
+    let few = m <= most_rows(n, k) || n % 8 != 0 || k % 8 != 0;
     if few || mode == LinearMode::RowsAlone { Way::Rows } else { Way::CublasLt }
+}
+
+/// Up to so many rows the rows kernel is the fastest way to multiply with `[n, k]`, by `bench_linear` on an H200:
+///
+/// | layer | n | k | rows | rows kernel | cuBLASLt |
+/// |---|---|---|---|---|---|
+/// | o of 0.5b | 896 | 896 | 32 | 3.4 µs | 4.0 µs |
+/// | most | 4608 | 3584 | 16, 32 | 10.8, 13.1 µs | 10.7, 10.9 µs |
+/// | head of 0.5b | 151936 | 896 | 8, 16 | 66.0, 85.9 µs | 70.4, 71.0 µs |
+/// | head of 7b | 152064 | 3584 | 1, 4, 16 | 263, 267, 264 µs | 251, 254, 262 µs |
+///
+/// Among equals the rows kernel is chosen: it starts while the kernel in front of it ends, and gates in place.
+fn most_rows(n: usize, k: usize) -> usize {
+    match n {
+        100_000.. if k >= 2048 => 0,
+        100_000.. => 8,
+        _ if n * k <= 1 << 20 => 32,
+        _ => 16,
+    }
 }
 
 /// The weights of a dense layer on a GPU.
@@ -99,6 +115,8 @@ pub(crate) struct Linears {
     cublaslt: Option<CublasLt>,
     /// For up to 16 rows and for more, each with a result of T and of f32; none where the other ways can do everything.
     simple: Option<[[Kernel; 2]; 2]>,
+    /// See [`set_repeats`](Self::set_repeats).
+    repeats: bool,
 }
 
 impl Linears {
@@ -116,7 +134,13 @@ impl Linears {
                 Err(error) => return Err(error),
             }
         };
-        Ok(Self { device: Arc::clone(device), dtype, mode, rows: Rows::new(dtype), cublaslt, simple })
+        Ok(Self { device: Arc::clone(device), dtype, mode, rows: Rows::new(dtype), cublaslt, simple, repeats: false })
+    }
+
+    /// Says whether the products from now on come again many times with as many rows, so that it pays to time cuBLASLt's
+    /// proposals for them.
+    pub(crate) fn set_repeats(&mut self, repeats: bool) {
+        self.repeats = repeats;
     }
 
     /// `out[m, n] = Σ x[m, k] · w[n, k] + bias[n]`, `out`: `[num_rows, layer.rows]` of `out_dtype`: the layer's type or f32;
@@ -165,28 +189,6 @@ impl Linears {
         // SAFETY: as in `run`.
         unsafe { self.rows.run(&self.device, &operands, true)? };
         Ok(true)
-    }
-
-    /// Times cuBLASLt's proposals for this product and keeps the fastest; `out` is written. Nothing to do where another way
-    /// runs it.
-    ///
-    /// # Errors
-    /// As for [`run`](Self::run).
-    pub(crate) fn tune(
-        &self,
-        out: Span<'_>,
-        x: Span<'_>,
-        num_rows: usize,
-        layer: &CudaLinear,
-        out_dtype: DType,
-    ) -> Result<(), KernelError> {
-        let operands = self.operands(out, x, num_rows, layer, layer.rows, out_dtype)?;
-        if let (Way::CublasLt, Some(library)) = (self.way([operands.m, operands.n, operands.k]), &self.cublaslt) {
-            let (shape, addresses) = self.for_cublaslt(&operands);
-            // SAFETY: as in `run`.
-            unsafe { library.tune(shape, addresses)? };
-        }
-        Ok(())
     }
 
     fn way(&self, shape: [usize; 3]) -> Way {
@@ -249,8 +251,11 @@ impl Linears {
                 if [out, x, weight].iter().all(|at| at % 16 == 0) && (bias_f32 == 0) == (bias_t == 0) =>
             {
                 let (shape, addresses) = self.for_cublaslt(operands);
+                // Smaller weights would be timed from the cache, where a step never finds them: another proposal wins there.
+                let is_large = n * k * self.dtype.size_bytes() > self.device.l2_bytes;
+                let choose = if self.repeats && is_large { Choose::Fastest } else { Choose::First };
                 // SAFETY: the caller's promise.
-                unsafe { library.run(shape, addresses) }
+                unsafe { library.run(shape, addresses, choose) }
             }
             (Way::Simple, _, Some(kernels)) => {
                 let few = m <= 16;

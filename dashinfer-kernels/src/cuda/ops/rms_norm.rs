@@ -24,10 +24,10 @@ impl RmsNorm {
         Ok(Self { norm: kernel("rms_norm")?, add_norm: kernel("add_rms_norm")?, dtype })
     }
 
-    /// Threads by the row's length alone, since they settle the order of the sum: two 16-byte steps to a thread.
+    /// Threads by the row's length alone, since they settle the order of the sum: 16 bytes to a thread.
     fn launch(&self, num_rows: usize, hidden: usize) -> Launch {
         let steps = hidden.div_ceil(16 / self.dtype.size_bytes());
-        let block = steps.div_ceil(2).next_multiple_of(32).clamp(32, 1024) as u32;
+        let block = steps.next_multiple_of(32).clamp(32, 1024) as u32;
         Launch { grid: [num_rows as u32, 1, 1], block, shared: 0 }
     }
 

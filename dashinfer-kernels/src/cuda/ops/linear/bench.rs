@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::testing::{random, test_device};
-use super::rows::{Tile, tile_for};
+use super::rows::{Prefetch, Tile, tile, tile_for};
 use super::*;
 use crate::cuda::graph::Recording;
 use crate::cuda::memory::Event;
@@ -113,15 +113,11 @@ impl Bench {
 
     fn cublaslt(&self, m: usize, shape: usize, tuned: bool) -> Option<Duration> {
         let library = self.linears.cublaslt.as_ref()?;
-        if tuned {
-            let (shape, addresses) = self.linears.for_cublaslt(&self.operands(m, shape, 0));
-            // SAFETY: the buffers hold the largest shape.
-            unsafe { library.tune(shape, addresses).ok()? };
-        }
+        let choose = if tuned { Choose::Fastest } else { Choose::First };
         self.time(m, shape, |operands| {
             let (shape, addresses) = self.linears.for_cublaslt(operands);
-            // SAFETY: as above.
-            unsafe { library.run(shape, addresses) }
+            // SAFETY: the buffers hold the largest shape. The first call is not recorded.
+            unsafe { library.run(shape, addresses, choose) }
         })
     }
 }
@@ -149,7 +145,8 @@ fn bench_linear() {
             if out_f32 && m > 256 {
                 continue;
             }
-            let rows = (m <= 256).then(|| bench.rows(m, shape, tile_for(device.arch, device.num_sms, m, n))).flatten();
+            let rows =
+                (m <= 256).then(|| bench.rows(m, shape, tile_for(device.arch, device.num_sms, [m, n, k]))).flatten();
             let first = bench.cublaslt(m, shape, false);
             let tuned = bench.cublaslt(m, shape, true);
             let [rows, first, tuned] = [rows, first, tuned].map(|time| rate(time, m, n, k));
@@ -158,27 +155,26 @@ fn bench_linear() {
     }
 }
 
-/// For the table of tiles: each of some for each shape; the fastest three.
+/// As the table of tiles writes it.
+fn brief(tile: Tile) -> String {
+    let Tile { tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm, prefetch } = tile;
+    format!("{:?} {prefetch:?}", [tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm])
+}
+
+/// For the table of tiles: each of some for each shape; the fastest four.
 #[test]
 #[ignore = "measures"]
 fn bench_linear_tiles() {
     let Some(device) = test_device() else { return };
     let bench = Bench::new(&device);
-    let candidate = |[tile_m, row_groups, row_warps, k_warps, cluster, stages, blocks_per_sm]: [usize; 7]| Tile {
-        tile_m,
-        row_groups,
-        row_warps,
-        k_warps,
-        cluster,
-        stages,
-        blocks_per_sm,
-    };
+    // rows of x, groups of 16 weight rows, warps beside each other, warps along K, blocks along K, stages, blocks per SM
     let mut candidates = vec![
         [8, 1, 1, 8, 1, 3, 3],
         [8, 1, 1, 8, 1, 2, 4],
         [8, 1, 1, 8, 1, 4, 2],
         [8, 2, 1, 8, 1, 2, 2],
         [8, 1, 2, 8, 1, 3, 1],
+        [8, 1, 1, 8, 1, 6, 1],
         [16, 1, 1, 8, 1, 3, 2],
         [16, 1, 1, 8, 1, 2, 3],
         [16, 2, 1, 8, 1, 2, 2],
@@ -189,6 +185,7 @@ fn bench_linear_tiles() {
         candidates.extend([
             [8, 1, 2, 4, 2, 3, 3],
             [8, 1, 1, 4, 2, 3, 6],
+            [8, 1, 1, 4, 2, 4, 4],
             [16, 1, 2, 4, 2, 3, 2],
             [16, 2, 2, 2, 4, 3, 3],
             [32, 2, 2, 2, 4, 3, 3],
@@ -202,17 +199,28 @@ fn bench_linear_tiles() {
             [64, 2, 4, 1, 4, 2, 3],
         ]);
     }
+    let mut candidates: Vec<Tile> = candidates.into_iter().map(tile).collect();
+    if device.arch.number() >= 90 {
+        for plain in candidates.clone().into_iter().filter(|tile| tile.tile_m <= 16 && tile.cluster == 1) {
+            for prefetch in [Prefetch::Own, Prefetch::HalfWaves(1), Prefetch::HalfWaves(2)] {
+                candidates.push(plain.with(prefetch));
+            }
+        }
+    }
     for (shape, &(name, n, k, ..)) in SHAPES.iter().enumerate() {
         for m in [1, 8, 16, 32, 64] {
             let tile_m = m.max(8);
             let mut times: Vec<_> = candidates
                 .iter()
-                .filter(|candidate| candidate[0] == tile_m)
-                .filter_map(|&tile| Some((bench.rows(m, shape, candidate(tile))?, tile)))
+                .filter(|candidate| candidate.tile_m == tile_m)
+                .filter_map(|&tile| Some((bench.rows(m, shape, tile)?, tile)))
                 .collect();
-            times.sort();
-            let best: Vec<_> =
-                times.iter().take(3).map(|&(time, tile)| format!("{tile:?} {}", rate(Some(time), m, n, k))).collect();
+            times.sort_by_key(|&(time, _)| time);
+            let best: Vec<_> = times
+                .iter()
+                .take(4)
+                .map(|&(time, tile)| format!("{} {}", brief(tile), rate(Some(time), m, n, k)))
+                .collect();
             eprintln!("{name:<13} {m:>3} | {}", best.join(" | "));
         }
     }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::super::testing::*;
-use super::rows::{Tile, tiles};
+use super::rows::{Prefetch, Tile, tile_for, tiles};
 use super::*;
 
 const HALVES: [DType; 2] = [DType::BF16, DType::F16];
@@ -11,12 +11,18 @@ fn the_way_follows_from_type_architecture_shape_and_mode() {
     let (fast, alone) = (LinearMode::Fast, LinearMode::RowsAlone);
     let way = |major, dtype, m, k, mode| way_for(Arch { major, minor: 0 }, dtype, [m, 3584, k], mode);
     assert_eq!(way(9, DType::BF16, 1, 3584, fast), Way::Rows);
-    assert_eq!(way(9, DType::BF16, MOST_ROWS, 3584, fast), Way::Rows);
-    assert_eq!(way(9, DType::BF16, MOST_ROWS + 1, 3584, fast), Way::CublasLt);
+    assert_eq!(way(9, DType::BF16, 16, 3584, fast), Way::Rows);
+    assert_eq!(way(9, DType::BF16, 17, 3584, fast), Way::CublasLt);
     assert_eq!(way(9, DType::F16, 8192, 3584, alone), Way::Rows);
     assert_eq!(way(8, DType::F16, 8192, 3583, fast), Way::Rows);
     assert_eq!(way(9, DType::F32, 1, 3584, fast), Way::Simple);
     assert_eq!(way(7, DType::F16, 1, 3584, alone), Way::Simple);
+    // A vocabulary's worth of columns, and few weights.
+    let way = |shape, mode| way_for(Arch::SM90, DType::BF16, shape, mode);
+    assert_eq!(way([1, 152_064, 3584], fast), Way::CublasLt);
+    assert_eq!(way([1, 152_064, 3584], alone), Way::Rows);
+    assert_eq!([way([8, 151_936, 896], fast), way([9, 151_936, 896], fast)], [Way::Rows, Way::CublasLt]);
+    assert_eq!([way([32, 896, 896], fast), way([33, 896, 896], fast)], [Way::Rows, Way::CublasLt]);
 }
 
 /// A product on the device, with what it should be.
@@ -112,15 +118,10 @@ fn few_rows_of_every_number_agree_with_the_sum() {
             check(&device, LinearMode::RowsAlone, dtype, shape, &[dtype, DType::F32]);
         }
     }
-    // Enough columns for the wide tiles.
-    for m in [2, 16] {
-        check(
-            &device,
-            LinearMode::RowsAlone,
-            DType::BF16,
-            [m, 32 * 4 * device.num_sms as usize + 5, 72],
-            &[DType::BF16],
-        );
+    // Columns for the other tiles: 16 weight rows make a block, three and six of them to an SM.
+    let sms = device.num_sms as usize;
+    for [m, n] in [[2, 16 * 3 * sms - 11], [2, 16 * 5 * sms + 5], [16, 16 * 5 * sms + 5]] {
+        check(&device, LinearMode::RowsAlone, DType::BF16, [m, n, 72], &[DType::BF16]);
     }
 }
 
@@ -180,15 +181,21 @@ fn many_rows_agree_with_the_sum_by_the_first_plan_and_by_the_fastest() {
             eprintln!("skipped: no cuBLASLt");
             return;
         }
-        for (shape, has_bias) in [([17, 24, 40], true), ([70, 136, 1000], false), ([300, 256, 512], true)] {
+        for (shape, has_bias) in [([33, 24, 40], true), ([70, 136, 1000], false), ([300, 256, 512], true)] {
             let case = Case::new(&device, dtype, shape, has_bias);
             for out_dtype in [dtype, DType::F32] {
                 assert_eq!(linears.way(shape), Way::CublasLt);
                 let what = format!("{dtype} to {out_dtype} {shape:?}");
                 case.check(&case.run(&linears, out_dtype), out_dtype, &what);
                 let out = case.poisoned(out_dtype);
-                linears.tune((&out).into(), (&case.x.on_device).into(), case.m, &case.layer, out_dtype).unwrap();
-                case.check(&case.run(&linears, out_dtype), out_dtype, &format!("{what} tuned"));
+                let x = (&case.x.on_device).into();
+                let operands =
+                    linears.operands((&out).into(), x, case.m, &case.layer, case.layer.rows, out_dtype).unwrap();
+                let (shape, addresses) = linears.for_cublaslt(&operands);
+                let library = linears.cublaslt.as_ref().unwrap();
+                // SAFETY: sizes were checked just now; the buffers live until they are read.
+                unsafe { library.run(shape, addresses, Choose::Fastest).unwrap() };
+                case.check(&out, out_dtype, &format!("{what} by the fastest"));
             }
         }
     }
@@ -216,6 +223,25 @@ fn a_row_does_not_depend_on_the_rows_beside_it_nor_on_the_tile() {
             let x = Span::part(x, first * k * 2, count * k * 2).unwrap();
             linears.run((&out).into(), x, count, &case.layer, DType::F32).unwrap();
             assert_eq!(read(&out, DType::F32), want[first * n..][..count * n], "{dtype} {n}x{k} {count} from {first}");
+        }
+    }
+}
+
+/// Whatever is brought to the cache, of rows that end with the tile and of rows that do not: in one wave, and in several.
+#[test]
+fn bringing_weights_to_the_cache_changes_no_bit() {
+    let Some(device) = test_device() else { return };
+    if device.arch.number() < 90 {
+        return;
+    }
+    let linears = Linears::new(&device, DType::BF16, LinearMode::RowsAlone).unwrap();
+    let plain = tile_for(device.arch, device.num_sms, [3, 16, 4096]);
+    for [n, k] in [[70, 6152], [16 * 5 * device.num_sms as usize + 5, 520]] {
+        let case = Case::new(&device, DType::BF16, [3, n, k], true);
+        let want = read(&case.run_with(&linears, DType::BF16, plain), DType::BF16);
+        for prefetch in [Prefetch::Own, Prefetch::HalfWaves(1), Prefetch::HalfWaves(2)] {
+            let got = read(&case.run_with(&linears, DType::BF16, plain.with(prefetch)), DType::BF16);
+            assert_eq!(got, want, "{n}x{k} {prefetch:?}");
         }
     }
 }
