@@ -5,36 +5,81 @@
 //
 // q: heads of qkv [rows, (H + 2 K) * D]   k, v: blocks [K, B, D]   out: [rows, H * D]   all T; sums and softmax in f32.
 //
-// A block of four warps takes one unit (attention_units.cuh) and one kv head at a time. The G query heads are rows of one
-// 16-row tile. Positions go in chunks of 16, never across a cache block; warp w takes the chunks with index % 4 == w and
-// knows nothing of the other warps until the end: it has its own ring of chunks in shared memory, filled by asynchronous
-// copies and guarded by __syncwarp alone, and its own running softmax and accumulator over all of D. The four merge in
-// shared memory in the order of the warps. So a result depends on the row and its range only, not on block or batch.
+// A block of NUM_WARPS warps takes one unit (attention_units.cuh) and one kv head at a time. The G query heads are rows of
+// one 16-row tile. Positions go in chunks of 16, never across a cache block; warp w takes the chunks with index % NUM_WARPS
+// == w and knows nothing of the other warps until the end: it has its own ring of chunks in shared memory, filled by
+// asynchronous copies and guarded by __syncwarp alone, and its own running softmax and accumulator over all of D. The warps
+// merge in shared memory in their order. So a result depends on the row, its ranges and NUM_WARPS only, not on block or batch.
+// Four warps, and two or more blocks to a multiprocessor, keep the memory busy; eight are done sooner with a row of a few
+// hundred positions, when there are few rows and most of the device has nothing to do.
 //
-// Shared: rings [4 warps][STAGES][16][D] T, keys and values of a chunk in two stages, one after the other; then m and l of
-// the warps [4][16][2] f32. 96.5 KB at most.
-// Limit: memory, 4 * K * D bytes a position, each read once. At D = 128: 80 KB are on their way in each block, two blocks
-// to a multiprocessor of SM90.
+// FUSED: q, k and v of the rows, all of them decodes, come straight from the projection. The block norms and rotates its
+// query heads on their way to shared memory (rope.cuh), and the unit with the row's own position, its last, rotates k too,
+// puts k and v into the cache, and lays them over their place in the ring, which the copies filled with zeros. All bits are
+// those of rope_and_cache followed by this kernel without FUSED; qkv stays as it was.
+//
+// What is read before wait_for_inputs(): units and block table, which the host copied before the step, as no kernel of a step
+// writes them; with FUSED also keys and values before the row's own position, as the only kernel that writes to the cache
+// in such a step is this one, at the rows' own positions, and those are in blocks of one sequence alone. All that was written
+// before the step is there: a copy stands between two steps, and is no part of programmatic launches
+// (docs/decisions/0030-decode-reads-the-cache-early.md).
+//
+// Shared: rings [NUM_WARPS][STAGES][16][D] T, keys and values of a chunk in two stages, one after the other; m and l of
+// the warps [NUM_WARPS][16][2] f32; with FUSED q [16][D], the new k and v [2][D], all T, and sines and cosines [2][D / 2] f32.
+// Limit: memory, 4 * K * D bytes a position, each read once. At D = 128 and four warps: 80 KB are on their way in each
+// block, two blocks to a multiprocessor of SM90.
 #include "attention_units.cuh"
 #include "mma.cuh"
+#include "rope.cuh"
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
 #endif
+#ifndef NUM_WARPS
+#define NUM_WARPS 4
+#endif
 #ifndef STAGES
 #define STAGES (HEAD_DIM <= 128 ? 6 : HEAD_DIM <= 192 ? 4 : 3)
 #endif
+#ifndef BLOCKS
+#define BLOCKS 1 // of a multiprocessor, that registers are left for
+#endif
+#ifndef FUSED
+#define FUSED 0
+#endif
 
 constexpr int D = HEAD_DIM;
-constexpr int NUM_WARPS = 4;
 constexpr int CHUNK = 16;                   // positions
 constexpr int ROW_BYTES = D * 2;            // of a position in the ring
 constexpr int PER_ROW = ROW_BYTES / 16;     // 16-byte pieces
 constexpr int STAGE_BYTES = CHUNK * ROW_BYTES;
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
+constexpr int SUMS = D <= 128 ? 2 : 1;      // of a score: two take half the time from the first product to the last
 constexpr int MERGE_STRIDE = D + 8;         // floats; + 8: the rows of a fragment fall into different banks
+constexpr u32 AFTER_RINGS = NUM_WARPS * RING_BYTES;
 static_assert(D % 16 == 0 && D <= 256, "head size");
+static_assert((NUM_WARPS & (NUM_WARPS - 1)) == 0, "warps take chunks by the last bits of their index");
 static_assert(CHUNK * MERGE_STRIDE * 4 <= RING_BYTES, "a warp's accumulator is merged in its ring");
+
+#if FUSED
+// Of the layer, for q and k of rows that are not rotated yet.
+struct DecodeRope {
+    T* k_cache; // where `p.k_cache` points
+    T* v_cache;
+    const float* inv_freq; // [R / 2]
+    const float* q_norm;   // [D] or null
+    const float* k_norm;
+    float rope_scale;
+    float norm_eps;
+    u32 rotated;           // R, a multiple of 8
+    u32 interleaved;
+};
+
+// Bytes into shared memory. Pieces of a query head are xored as those in the rings.
+constexpr u32 Q_AT = AFTER_RINGS + NUM_WARPS * 16 * 8;
+constexpr u32 NEW_AT = Q_AT + 16 * ROW_BYTES;
+constexpr u32 TURNS_AT = NEW_AT + 2 * ROW_BYTES;
+#endif
 
 #if __CUDA_ARCH__ >= 800
 // Rows r..r + 7 of one column of 16-byte pieces lie in eight different bank groups once the piece is xored with this.
@@ -59,7 +104,7 @@ struct Requests {
     const u32* blocks;      // of the sequence
     u64 block_bytes;
     u32 block_shift;        // log2 of B
-    u32 end;                // position
+    u32 end;                // position: what is in the cache ends here
     u32 last_chunk;         // one past
     u32 chunk;              // to be asked for next
     u32 block, block_after; // of it, and of the chunk after it
@@ -99,12 +144,109 @@ struct Requests {
 };
 #endif
 
-extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_decode)(const DecodeParams p) {
+#if FUSED && __CUDA_ARCH__ >= 800
+constexpr u32 LANES = D / 8 <= 8 ? 8 : D / 8 <= 16 ? 16 : 32; // to a head that is rotated
+constexpr u32 NOWHERE = 0xffffffffu;
+
+// Norms and rotates heads of a row on their way to shared memory: the query heads of a kv head and, with `own`, its new key.
+struct Heads {
+    static constexpr u32 AT_ONCE = NUM_WARPS * 32 / LANES;
+    static constexpr u32 ROUNDS = (16 + 2 + AT_ONCE - 1) / AT_ONCE;
+    using Four = Vec<T, 4>;
+    u32 group, num_heads; // q heads; and with k and v after them
+    u32 unit, first;      // this lane's values; its head of the first round
+    Four in[ROUNDS][2];
+
+    __device__ __forceinline__ Heads(u32 group, bool own)
+        : group(group), num_heads(group + (own ? 2 : 0)), unit(threadIdx.x % LANES), first(threadIdx.x / LANES) {}
+
+    __device__ __forceinline__ bool has(u32 round) const {
+        return first + round * AT_ONCE < num_heads && unit < D / 8;
+    }
+
+    // `q`, `k`, `v`: the first of these heads in the row.
+    __device__ __forceinline__ void read(const EightValues& eight, const T* q, const T* k, const T* v) {
+#pragma unroll
+        for (u32 round = 0; round < ROUNDS; round++) {
+            in[round][0] = in[round][1] = {};
+            if (!has(round)) continue;
+            const u32 head = first + round * AT_ONCE;
+            const T* const from = head < group ? q + head * D : head == group ? k : v;
+            in[round][0] = load<4>(from + eight.at[0]);
+            in[round][1] = load<4>(from + eight.at[1]);
+        }
+    }
+
+    // `k_to`, `v_to`: where the cache keeps the row's position. `by`: the weights of the q norm and of the k norm.
+    __device__ __forceinline__ void write(const EightValues& eight, bool is_normed, const EightValues::Weights (&by)[2],
+                                          float eps, u8* smem, T* k_to, T* v_to) {
+#pragma unroll
+        for (u32 round = 0; round < ROUNDS; round++) {
+            if (round * AT_ONCE >= num_heads) break; // whole blocks, for the sums
+            const u32 head = first + round * AT_ONCE;
+            const bool is_q = head < group, is_v = head > group;
+            Four(&out)[2] = in[round];
+            float a[4], b[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) a[j] = to_float(out[0].at[j]), b[j] = to_float(out[1].at[j]);
+            if (is_normed) {
+                const float scale = EightValues::norm_scale(a, b, LANES, D, eps);
+                EightValues::Weights of_head; // chosen value by value: an address to choose by would put them into memory
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    of_head.a.at[j] = is_q ? by[0].a.at[j] : by[1].a.at[j];
+                    of_head.b.at[j] = is_q ? by[0].b.at[j] : by[1].b.at[j];
+                }
+                if (!is_v) EightValues::norm(a, b, scale, of_head);
+            }
+            if (!is_v) {
+                eight.rotate(a, b);
+#pragma unroll
+                for (int j = 0; j < 4; j++) out[0].at[j] = from_float<T>(a[j]), out[1].at[j] = from_float<T>(b[j]);
+            }
+            if (!has(round)) continue;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const u32 at = eight.at[i];
+                if (is_q) {
+                    u8* const piece = smem + Q_AT + head * ROW_BYTES + (at / 8 ^ swizzle(head)) * 16;
+                    store<4>(reinterpret_cast<T*>(piece) + at % 8, out[i]);
+                } else {
+                    store<4>(reinterpret_cast<T*>(smem + NEW_AT + (is_v ? ROW_BYTES : 0)) + at, out[i]);
+                    store<4>((is_v ? v_to : k_to) + at, out[i]);
+                }
+            }
+        }
+    }
+};
+
+// The warp lays a row of shared memory over row `row` of a stage.
+__device__ __forceinline__ void lay_over(u8* stage, const u8* from, u32 row, u32 lane) {
+    if (lane < PER_ROW) {
+        const uint4 piece = *reinterpret_cast<const uint4*>(from + lane * 16);
+        *reinterpret_cast<uint4*>(stage + row * ROW_BYTES + (lane ^ swizzle(row)) * 16) = piece;
+    }
+    __syncwarp();
+}
+#endif
+
+#if FUSED
+extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, BLOCKS)
+    KERNEL(attention_decode)(const DecodeParams p, const DecodeRope rope) {
+#else
+extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, BLOCKS) KERNEL(attention_decode)(const DecodeParams p) {
+#endif
     let_next_start();
-    wait_for_inputs();
 #if __CUDA_ARCH__ >= 800
+    const u32 num_items = *p.num_units * p.num_kv_heads;
+    if (blockIdx.x >= num_items) {
+        // Nothing to do in any turn. It is enough that one block of a grid waits: the grid is not done before that one is. The
+        // others make room at once.
+        if (blockIdx.x == 0) wait_for_inputs();
+        return;
+    }
     extern __shared__ __align__(128) u8 rings[];
-    float2(*const of_warp)[16] = reinterpret_cast<float2(*)[16]>(rings + NUM_WARPS * RING_BYTES); // m and l of each head
+    float2(*const of_warp)[16] = reinterpret_cast<float2(*)[16]>(rings + AFTER_RINGS); // m and l of each head
 
     const u32 warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 g = lane / 4, t = lane % 4;
@@ -114,7 +256,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
     u8* const own = rings + warp * RING_BYTES;
     const u32 ring = smem_u32(own);
     // Rows and pieces of this lane's ldmatrix addresses: for keys, tiles (positions 0..7, dims 0..7), (0..7, 8..15),
-    // (8..15, 0..7), (8..15, 8..15); for values, which come transposed, (0..7, 0..7), (8..15, 0..7), (0..7, 8..15), ..
+    // (8..15, 0..7), (8..15, 8..15); for values, which come transposed, and for queries, (0..7, 0..7), (8..15, 0..7),
+    // (0..7, 8..15), ..
     const u32 k_row = lane % 8 + lane / 16 * 8, k_x = (lane / 8 % 2) ^ swizzle(k_row);
     const u32 v_row = lane % 16, v_x = (lane / 16) ^ swizzle(v_row);
 
@@ -127,8 +270,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
         const u32 at = i * 32 + lane, row = at / PER_ROW;
         requests.places[i] = row * ROW_BYTES + (at % PER_ROW ^ swizzle(row)) * 16;
     }
+#if FUSED
+    for (u32 i = threadIdx.x; i < 16 * PER_ROW; i += NUM_WARPS * 32) // heads that there are not stay zeros
+        *reinterpret_cast<uint4*>(rings + Q_AT + i * 16) = uint4{0, 0, 0, 0};
+#endif
 
-    const u32 num_items = *p.num_units * p.num_kv_heads;
     for (u32 wave = 0; wave * gridDim.x < num_items; wave++) {
         const u32 item = item_of_wave(wave);
         if (item >= num_items) continue; // the whole block
@@ -144,9 +290,17 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
         requests.k = reinterpret_cast<const u8*>(p.k_cache) + kv_head * head_bytes + lane * 16;
         requests.v = reinterpret_cast<const u8*>(p.v_cache) + kv_head * head_bytes + lane * 16;
         requests.blocks = p.block_table + unit.first_block;
-        requests.end = end;
         requests.last_chunk = last_chunk;
         requests.chunk = first_chunk;
+        const T* const row = p.qkv + unit.row * (u64(p.num_heads + 2 * p.num_kv_heads) * D);
+#if FUSED
+        const bool has_own = low < end && end == unit.context_len; // the row's own position
+        const u32 own_chunk = has_own ? last_chunk - 1 : NOWHERE;
+        requests.end = has_own ? end - 1 : end;
+#else
+        requests.end = end;
+        if (wave == 0) wait_for_inputs();
+#endif
         requests.start();
 #pragma unroll
         for (u32 i = 0; i < STAGES - 1; i++) {
@@ -156,14 +310,39 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
 
         // The query heads as the 16 rows of a left operand, zeros below the last.
         u32 q[D / 16][4];
-        const T* q_row = p.qkv + unit.row * (u64(p.num_heads + 2 * p.num_kv_heads) * D) + kv_head * group * D;
+#if FUSED
+        float* const turns = reinterpret_cast<float*>(rings + TURNS_AT);
+        const u32 position = unit.context_len == 0 ? 0 : unit.context_len - 1;
+        for (u32 pair = threadIdx.x; pair < rope.rotated / 2; pair += NUM_WARPS * 32)
+            turn_by(position, rope.inv_freq[pair], rope.rope_scale, turns + pair, turns + D / 2 + pair);
+        u64 slot = 0; // the row's own, in rows of D
+        if (has_own) {
+            const u32 block = requests.blocks[position >> requests.block_shift];
+            slot = (u64(block) * p.num_kv_heads + kv_head) * p.block_size + (position & (p.block_size - 1));
+        }
+        Heads heads(group, has_own);
+        __syncthreads();
+        const EightValues eight(heads.unit, rope.rotated / 2, rope.interleaved != 0, turns, turns + D / 2);
+        const bool is_normed = rope.q_norm != nullptr;
+        EightValues::Weights norms[2] = {};
+        if (is_normed && heads.unit < D / 8) norms[0] = eight.weights(rope.q_norm), norms[1] = eight.weights(rope.k_norm);
+        if (wave == 0) wait_for_inputs();
+        const T* const own_k = row + (p.num_heads + kv_head) * D;
+        heads.read(eight, row + kv_head * group * D, own_k, own_k + p.num_kv_heads * D);
+        heads.write(eight, is_normed, norms, rope.norm_eps, rings, rope.k_cache + slot * D, rope.v_cache + slot * D);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) ldmatrix_x4(q[i], smem_u32(rings) + Q_AT + v_row * ROW_BYTES + piece(i, v_x));
+#else
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const u32 head = g + j % 2 * 8;
-                q[i][j] = head < group ? *reinterpret_cast<const u32*>(q_row + head * D + i * 16 + j / 2 * 8 + 2 * t) : 0;
+                const T* const from = row + (kv_head * group + head) * D + i * 16 + j / 2 * 8 + 2 * t;
+                q[i][j] = head < group ? *reinterpret_cast<const u32*>(from) : 0;
             }
+#endif
 
         // Heads g and g + 8 of this lane; `l` over the lane's own positions until the end.
         float acc[D / 8][4] = {};
@@ -174,14 +353,22 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
             cp_async_wait<STAGES - 2>();
             __syncwarp();
             requests.next<STAGES % 2 == 0>(ring + free_stage);
-            float s[2][4] = {};
+#if FUSED
+            if (chunk == own_chunk) lay_over(own + stage, rings + NEW_AT, (end - 1) % CHUNK, lane);
+#endif
+            float sums[SUMS][2][4] = {};
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 u32 k[4];
                 ldmatrix_x4(k, ring + stage + k_row * ROW_BYTES + piece(i, k_x));
-                mma_16x8x16<T>(s[0], q[i], {k[0], k[1]});
-                mma_16x8x16<T>(s[1], q[i], {k[2], k[3]});
+                mma_16x8x16<T>(sums[i % SUMS][0], q[i], {k[0], k[1]});
+                mma_16x8x16<T>(sums[i % SUMS][1], q[i], {k[2], k[3]});
             }
+            float(&s)[2][4] = sums[0];
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) if (SUMS == 2) s[n][j] += sums[SUMS - 1][n][j];
             free_stage = stage;
             stage = stage == RING_BYTES - STAGE_BYTES ? 0 : stage + STAGE_BYTES;
 
@@ -225,6 +412,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
             cp_async_wait<STAGES - 2>();
             __syncwarp();
             requests.next<STAGES % 2 == 1>(ring + free_stage);
+#if FUSED
+            if (chunk == own_chunk) lay_over(own + stage, rings + NEW_AT + ROW_BYTES, (end - 1) % CHUNK, lane);
+#endif
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 u32 v[4];
@@ -277,6 +467,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_de
                 if (d == 0) store_pair(p.partial_ml + at * 2, top, sum);
             }
         }
+        const u32 first_head = kv_head * group;
+        if (unit.num_splits > 1 && is_last_part(p, unit, first_head)) merge_parts<4>(p, unit, first_head, group, D);
         __syncthreads(); // before the rings and of_warp are written again
     }
 #endif

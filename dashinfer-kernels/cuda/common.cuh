@@ -146,7 +146,8 @@ __device__ __forceinline__ float block_sum(float x) {
 //
 // Kernels are launched so that one may start while the one before it still runs (SM90 and newer). Every thread of every
 // kernel calls `wait_for_inputs` once, before it reads what an earlier kernel wrote, writes anything to global memory, or
-// returns. Before it only constants (weights, kernel parameters) may be read. `let_next_start` may come at any time.
+// returns. Before it only constants may be read: weights, kernel parameters, what was copied before the step began
+// (docs/decisions/0030-decode-reads-the-cache-early.md). `let_next_start` may come at any time.
 // What earlier kernels write is no `const __restrict__` parameter: the compiler takes that for memory which nobody changes
 // while the kernel runs, and may then read it before the wait; nor is the output `__restrict__` beside it.
 

@@ -1,16 +1,12 @@
-// For each row t of qkv [T, (H + 2K) * D], for each head of q and k:
-//   head = head * w / sqrt(mean(head^2) + eps)         if the family norms its heads; w: [D] f32, one for q, one for k
-//   (a, b) = (a * cos - b * sin, b * cos + a * sin)    for the R / 2 pairs of its first R values, a and b being values
-//                                                      i and i + R / 2, or 2i and 2i + 1 (interleaved)
-// in f32, rounded once; q and k go back to where they were, k and v into the row's slot of the cache [blocks, K, B, D].
-// The angle is position * inv_freq[i] rounded to f32, as the reference computes it; sine and cosine are exact to 2 ulp
-// however large it is. `rope_scale` multiplies both.
+// For each row t of qkv [T, (H + 2K) * D]: the heads of q and k are normed, if the family norms its heads, and rotated
+// (rope.cuh) in f32, and rounded once; they go back to where they were, k and v into the row's slot of the cache
+// [blocks, K, B, D]. Steps of decodes do this within attention where they can (attention_decode.cu).
 //
 // Block (t, c) takes row t, and part c of its heads. Its threads first put the row's sines and cosines into shared memory;
 // then a group of 8, 16 or 32 lanes takes a head at a time, eight values to a lane: four pairs, or eight values beyond R.
 // Head sizes or rotations that are no multiples of 8, and heads above 256, go by one value or pair at a time, a warp to a head.
 // Limit: memory, (2 (H + K) + K) * D reads and writes of a row and 2 K D of cache; for one row the latency of a sine.
-#include "common.cuh"
+#include "rope.cuh"
 
 constexpr u32 MAX_PAIRS = 512;     // of a head, R / 2
 constexpr u32 NO_SLOT = 0xffffffffu; // a row that only fills up a batch: not stored
@@ -38,33 +34,17 @@ struct RopeParams {
 
 __shared__ float cosine[MAX_PAIRS], sine[MAX_PAIRS];
 
-// The sum over a group of `lanes` lanes (a power of two), in each of them.
-__device__ __forceinline__ float group_sum(float x, u32 lanes) {
-    for (u32 lane = lanes / 2; lane > 0; lane >>= 1) x += __shfl_xor_sync(ALL_LANES, x, lane);
-    return x;
-}
-
 // Where head `head` of the cache keeps the row that has slot `slot`.
 __device__ __forceinline__ size_t cache_at(const RopeParams& p, u32 slot, u32 head) {
     return ((size_t(slot / p.block_size) * p.num_kv_heads + head) * p.block_size + slot % p.block_size) * p.head_dim;
 }
 
-// Eight values to a lane. Lane `unit` of its group holds pairs 4 * unit .. + 3, or, when those are beyond R / 2, eight
-// values that pass: the ones at `at[0]` .. + 3 and `at[1]` .. + 3.
 __device__ __forceinline__ void by_eight(const RopeParams& p, T* row, u32 slot) {
     using Four = Vec<T, 4>;
-    const u32 d = p.head_dim, half = p.rotated / 2, units = d / 8;
+    const u32 d = p.head_dim, units = d / 8;
     const u32 lanes = units <= 8 ? 8 : units <= 16 ? 16 : 32;
     const u32 unit = threadIdx.x % lanes, group = threadIdx.x / lanes, num_groups = blockDim.x / lanes;
-    const bool turns = unit * 4 < half;
-    const bool apart = turns && !p.interleaved;
-    const u32 at[2] = {apart ? unit * 4 : unit * 8, apart ? half + unit * 4 : unit * 8 + 4};
-    float c[4], s[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        c[j] = turns ? cosine[unit * 4 + j] : 1.f;
-        s[j] = turns ? sine[unit * 4 + j] : 0.f;
-    }
+    const EightValues eight(unit, p.rotated / 2, p.interleaved != 0, cosine, sine);
     const u32 num_heads = p.num_heads + 2 * p.num_kv_heads, stride = num_groups * gridDim.y;
     // Whole warps make the turns of this loop, for the sums.
     for (u32 first = blockIdx.y * num_groups; first < num_heads; first += stride) {
@@ -74,55 +54,29 @@ __device__ __forceinline__ void by_eight(const RopeParams& p, T* row, u32 slot) 
         float a[4] = {}, b[4] = {};
         Four in[2];
         if (mine) {
-            in[0] = load<4>(values + at[0]);
-            in[1] = load<4>(values + at[1]);
+            in[0] = load<4>(values + eight.at[0]);
+            in[1] = load<4>(values + eight.at[1]);
 #pragma unroll
             for (int j = 0; j < 4; j++) a[j] = to_float(in[0].at[j]), b[j] = to_float(in[1].at[j]);
         }
         const bool is_q = head < p.num_heads, is_v = head >= p.num_heads + p.num_kv_heads;
         if (p.q_norm != nullptr) {
-            float sum = 0.f;
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum += a[j] * a[j] + b[j] * b[j];
-            const float scale = rsqrtf(group_sum(sum, lanes) / float(d) + p.norm_eps);
-            if (mine && !is_v) {
-                const float* weight = is_q ? p.q_norm : p.k_norm;
-                const Vec<float, 4> wa = load<4>(weight + at[0]), wb = load<4>(weight + at[1]);
-#pragma unroll
-                for (int j = 0; j < 4; j++) a[j] = a[j] * scale * wa.at[j], b[j] = b[j] * scale * wb.at[j];
-            }
+            const float scale = EightValues::norm_scale(a, b, lanes, d, p.norm_eps);
+            if (mine && !is_v) EightValues::norm(a, b, scale, eight.weights(is_q ? p.q_norm : p.k_norm));
         }
         if (!mine) continue;
         if (!is_v) {
-            if (turns && p.interleaved) {
-                // Pairs lie within a: (a0, a1), (a2, a3), and within b.
-                float x[4] = {a[0], a[2], b[0], b[2]}, y[4] = {a[1], a[3], b[1], b[3]};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float t = x[j] * c[j] - y[j] * s[j];
-                    y[j] = y[j] * c[j] + x[j] * s[j];
-                    x[j] = t;
-                }
-                a[0] = x[0], a[1] = y[0], a[2] = x[1], a[3] = y[1];
-                b[0] = x[2], b[1] = y[2], b[2] = x[3], b[3] = y[3];
-            } else if (turns) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float t = a[j] * c[j] - b[j] * s[j];
-                    b[j] = b[j] * c[j] + a[j] * s[j];
-                    a[j] = t;
-                }
-            }
+            eight.rotate(a, b);
 #pragma unroll
             for (int j = 0; j < 4; j++) in[0].at[j] = from_float<T>(a[j]), in[1].at[j] = from_float<T>(b[j]);
-            store<4>(values + at[0], in[0]);
-            store<4>(values + at[1], in[1]);
+            store<4>(values + eight.at[0], in[0]);
+            store<4>(values + eight.at[1], in[1]);
         }
         if (!is_q && slot != NO_SLOT) {
             const u32 kv_head = head - p.num_heads - (is_v ? p.num_kv_heads : 0);
             T* to = (is_v ? p.v_cache : p.k_cache) + cache_at(p, slot, kv_head);
-            store<4>(to + at[0], in[0]);
-            store<4>(to + at[1], in[1]);
+            store<4>(to + eight.at[0], in[0]);
+            store<4>(to + eight.at[1], in[1]);
         }
     }
 }
@@ -172,17 +126,13 @@ __device__ __forceinline__ void by_one(const RopeParams& p, T* row, u32 slot) {
 extern "C" __global__ void __launch_bounds__(256) KERNEL(rope_and_cache)(const RopeParams p) {
     let_next_start();
     const u32 t = blockIdx.x;
+    // Positions and slots were copied before the step began, and are read ahead of what its kernels write (0030).
+    const u32 position = t < p.num_rows ? p.positions[t] : 0, slot = t < p.num_rows ? p.slots[t] : NO_SLOT;
+    for (u32 pair = threadIdx.x; pair < p.rotated / 2; pair += blockDim.x)
+        turn_by(position, p.inv_freq[pair], p.rope_scale, &cosine[pair], &sine[pair]);
+    __syncthreads();
     wait_for_inputs();
     if (t >= p.num_rows) return;
-    const float position = float(p.positions[t]);
-    const u32 slot = p.slots[t];
-    for (u32 pair = threadIdx.x; pair < p.rotated / 2; pair += blockDim.x) {
-        float c, s;
-        sincosf(__fmul_rn(position, p.inv_freq[pair]), &s, &c);
-        cosine[pair] = c * p.rope_scale;
-        sine[pair] = s * p.rope_scale;
-    }
-    __syncthreads();
     const u32 d = p.head_dim;
     T* row = p.qkv + size_t(t) * (p.num_heads + 2 * p.num_kv_heads) * d;
     if (d % 8 == 0 && p.rotated % 8 == 0 && d <= 256) {

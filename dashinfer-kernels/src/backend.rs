@@ -267,6 +267,9 @@ pub trait Backend: Send + 'static {
 
     /// Norms (optional) and rotates q and k in place, and puts k and v into the cache at each row's slot.
     /// `qkv`: `[T, (H + 2 K) · D]`, q then k then v. `rope`: index into the ropes of [`begin_step`](Self::begin_step).
+    ///
+    /// Attention of the same layer follows, or the end of the step: what is left in `qkv` is for it alone, and a backend may
+    /// put all of this off until then. The operands stay where they are until the step ends.
     fn rope_and_cache(
         &mut self,
         qkv: &mut Self::Tensor,

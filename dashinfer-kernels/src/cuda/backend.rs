@@ -18,7 +18,7 @@ use super::ops::gather_rows::GatherRows;
 use super::ops::linear::{CudaLinear, LinearMode, Linears};
 use super::ops::operand::Span;
 use super::ops::rms_norm::RmsNorm;
-use super::ops::rope::{RopeAndCache, RopeOperands, RopeSizes};
+use super::ops::rope::{PreparedRope, RopeAndCache, RopeOperands, RopeSizes};
 use super::ops::sample::{CudaSampler, Logits};
 use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
@@ -28,8 +28,8 @@ use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
-    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope, SampleRow, Sampled,
-    StepRows, TensorUse, to_f32,
+    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow,
+    Sampled, StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -104,8 +104,6 @@ struct RecordKey {
     cache: u64,
     /// With padding.
     rows: usize,
-    /// Whether rows are split, so that partial results are to be combined.
-    is_split: bool,
 }
 
 /// What is known of the step that was begun.
@@ -114,9 +112,16 @@ struct Current {
     /// With padding.
     rows: usize,
     num_logit_rows: usize,
+    /// Whether each row is the last one of its sequence.
+    is_decode: bool,
+    /// What is left to attention, and whose it is.
+    rope: Option<(RopeOf, PreparedRope)>,
     key: Option<RecordKey>,
     recording: Option<Recording>,
 }
+
+/// Whose rotation it is: the cache, the layer, and the rows' address.
+type RopeOf = (u64, usize, u64);
 
 /// The operators on one GPU.
 pub struct CudaBackend {
@@ -222,6 +227,15 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// Rotates what was left to attention, if there is something.
+    fn finish_rope(&mut self) -> Result<(), KernelError> {
+        match self.current.rope.take() {
+            // SAFETY: activations, cache and weights stay where they are until the step ends (`Backend::rope_and_cache`).
+            Some((_, prepared)) => unsafe { self.rope.launch(&self.device, &prepared) },
+            None => Ok(()),
+        }
+    }
+
     /// Uploads the frequencies of rotary embeddings that have not been seen yet. A model's are the same in every step.
     fn keep_ropes(&mut self, ropes: &[Rope]) -> Result<(), KernelError> {
         for (index, rope) in ropes.iter().enumerate() {
@@ -278,6 +292,18 @@ fn check_step(step: &StepRows<'_>, spec: &KvCacheSpec) -> Result<(), KernelError
     at_most("rows", largest(step.logit_rows), step.ids.len())?;
     let carried = step.carried.iter().map(|carried| carried.row as usize + 1).max().unwrap_or(0);
     at_most("rows", carried, step.ids.len())
+}
+
+/// Whether a step is one row of each sequence, the row's position being its last and its slot where the block table has that.
+fn is_decode(batch: &PagedBatch, block_size: usize) -> bool {
+    let mut rows = batch.positions.iter().zip(&batch.slots).zip(&batch.sequences);
+    batch.sequences.len() == batch.positions.len()
+        && rows.all(|((&position, &slot), sequence)| {
+            let position = position as usize;
+            let block = batch.block_table.get(sequence.first_block + position / block_size);
+            sequence.context_len == position + 1
+                && block.is_some_and(|&block| block as usize * block_size + position % block_size == slot as usize)
+        })
 }
 
 impl Backend for CudaBackend {
@@ -374,12 +400,12 @@ impl Backend for CudaBackend {
         let num_rows = step.ids.len();
         let decodes = step.may_record
             && num_rows <= MOST_RECORDED
-            && batch.sequences.len() == num_rows
+            && is_decode(batch, cache.spec.block_size)
             && step.logit_rows.len() == num_rows;
         let rows = if decodes { padded(num_rows) } else { num_rows };
 
         let KvCacheSpec { num_kv_heads, head_dim, block_size, .. } = cache.spec;
-        let params = self.attention.plan_params(num_kv_heads, head_dim, block_size)?;
+        let params = self.attention.plan_params(num_kv_heads, head_dim, block_size, decodes.then_some(rows))?;
         self.max_slots = params.max_slots;
         self.plan.make(batch, &params, decodes.then_some(rows));
 
@@ -407,7 +433,6 @@ impl Backend for CudaBackend {
             wanted[of_rows] = row_bytes;
         }
         wanted[section::UNITS] = size_of_val(&self.plan.units[..]);
-        wanted[section::SPLITS] = size_of_val(&self.plan.splits[..]);
         wanted[section::TILES] = size_of_val(&self.plan.tiles[..]);
         wanted[section::BLOCK_TABLE] = size_of_val(&batch.block_table[..]);
         self.steps.is_decode = decodes;
@@ -416,7 +441,7 @@ impl Backend for CudaBackend {
         let plan = &self.plan;
         buffer.fill(|sections| {
             scratch.num_units.clear();
-            scratch.num_units.extend(plan.chunks.iter().map(|chunk| chunk.units.len() as u32));
+            scratch.num_units.extend(plan.chunks.iter().map(|chunk| chunk.len() as u32));
             sections.put(section::NUM_UNITS, &scratch.num_units);
             sections.put(section::IDS, &scratch.ids);
             sections.put(section::CARRIED, &scratch.carried);
@@ -425,18 +450,18 @@ impl Backend for CudaBackend {
             sections.put(section::SLOTS, &scratch.slots);
             sections.put(section::LOGIT_ROWS, step.logit_rows);
             sections.put(section::UNITS, &plan.units);
-            sections.put(section::SPLITS, &plan.splits);
             sections.put(section::TILES, &plan.tiles);
             sections.put(section::BLOCK_TABLE, &batch.block_table);
         })?;
 
-        self.current = Current { rows, num_logit_rows: step.logit_rows.len(), key: None, recording: None };
+        let num_logit_rows = step.logit_rows.len();
+        self.current = Current { rows, num_logit_rows, is_decode: decodes, ..Current::default() };
         self.linears.set_repeats(false);
         // A recorded step knows where its lists are, not how they are cut.
         if !decodes || self.plan.chunks.len() > 1 {
             return Ok(Issue::Operators);
         }
-        let key = RecordKey { cache: cache.id, rows, is_split: self.plan.is_split() };
+        let key = RecordKey { cache: cache.id, rows };
         self.current.key = Some(key);
         let generation = self.steps.decode.generation() + self.attention.generation();
         match self.records.next(key, generation) {
@@ -453,6 +478,9 @@ impl Backend for CudaBackend {
     }
 
     fn end_step(&mut self, issued: Result<(), KernelError>) -> Result<Issue, KernelError> {
+        // Of operators that failed it is not to be done; they may be issued once more.
+        let issued = issued.and_then(|()| self.finish_rope());
+        self.current.rope = None;
         let key = self.current.key;
         let Some(recording) = self.current.recording.take() else {
             if let (Some(key), Ok(())) = (key, &issued) {
@@ -551,6 +579,7 @@ impl Backend for CudaBackend {
     ) -> Result<(), KernelError> {
         const OP: &str = "rope_and_cache";
         self.check_attention(OP, qkv, &cache.spec, layer, params)?;
+        self.finish_rope()?;
         let Some((rope, inv_freq)) = self.inv_freq.get(rope) else {
             let (wanted, found) = (rope + 1, self.inv_freq.len());
             return Err(KernelError::Shape { op: OP, what: "rotary embeddings of the step", wanted, found });
@@ -577,7 +606,10 @@ impl Backend for CudaBackend {
             block_size: cache.spec.block_size,
             rotated: 2 * rope.inv_freq.len(),
         };
-        self.rope.run(&self.device, &operands, &sizes)
+        let prepared = self.rope.prepare(&operands, &sizes)?;
+        let is_left = self.current.is_decode && self.attention.takes(params) && prepared.within_decode().is_some();
+        self.current.rope = Some(((cache.id, layer, qkv.buffer.ptr()), prepared));
+        if is_left { Ok(()) } else { self.finish_rope() }
     }
 
     fn attention(
@@ -591,6 +623,9 @@ impl Backend for CudaBackend {
         const OP: &str = "attention";
         self.check_attention(OP, qkv, &cache.spec, layer, params)?;
         out.resize(OP, qkv.rows, params.num_heads * params.head_dim)?;
+        let of = (cache.id, layer, qkv.buffer.ptr());
+        let left = self.current.rope.take_if(|(left, _)| *left == of);
+        self.finish_rope()?;
         let operands = AttentionOperands {
             out: out.span(),
             qkv: qkv.span(),
@@ -600,11 +635,12 @@ impl Backend for CudaBackend {
             num_rows: qkv.rows,
             units: self.steps.section(section::UNITS)?,
             num_units: self.steps.section(section::NUM_UNITS)?,
-            splits: self.steps.section(section::SPLITS)?,
             tiles: self.steps.section(section::TILES)?,
             block_table: self.steps.section(section::BLOCK_TABLE)?,
+            rope: left.and_then(|(_, rope)| rope.within_decode()),
         };
-        self.attention.run(&operands, params, &self.plan, self.max_slots)
+        // SAFETY: activations, cache and weights stay where they are until the step ends (`Backend::rope_and_cache`).
+        unsafe { self.attention.run(&operands, params, &self.plan, self.max_slots) }
     }
 
     fn silu_mul(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {
@@ -650,5 +686,100 @@ impl Backend for CudaBackend {
         let mut bytes = vec![0; row_bytes];
         x.buffer.download(row * row_bytes, &mut bytes)?;
         Ok(to_f32(&bytes, x.dtype))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::device::test_device;
+    use super::*;
+    use crate::{RopePairs, SequenceRows};
+
+    const CONTEXTS: [usize; 3] = [70, 1, 300];
+    const PARAMS: AttentionParams =
+        AttentionParams { num_heads: 14, num_kv_heads: 2, head_dim: 64, scale: 0.125, window: None };
+    const COLS: usize = (14 + 2 * 2) * 64;
+
+    fn decodes() -> PagedBatch {
+        let mut batch = PagedBatch::default();
+        for (row, context_len) in CONTEXTS.into_iter().enumerate() {
+            let (first_block, num_blocks) = (batch.block_table.len(), context_len.div_ceil(16));
+            batch.sequences.push(SequenceRows { first_row: row, num_rows: 1, context_len, first_block, num_blocks });
+            batch.block_table.extend(first_block as u32..(first_block + num_blocks) as u32);
+            batch.positions.push(context_len as u32 - 1);
+            let block = first_block + (context_len - 1) / 16;
+            batch.slots.push((block * 16 + (context_len - 1) % 16) as u32);
+        }
+        batch
+    }
+
+    #[test]
+    fn decodes_are_steps_whose_rows_are_last() {
+        assert!(is_decode(&decodes(), 16));
+        let changed = |change: fn(&mut PagedBatch)| {
+            let mut batch = decodes();
+            change(&mut batch);
+            is_decode(&batch, 16)
+        };
+        assert!(!changed(|batch| batch.positions[0] -= 1));
+        assert!(!changed(|batch| batch.slots[2] += 1));
+        assert!(!changed(|batch| batch.positions.push(0)));
+        assert!(!changed(|batch| batch.sequences[1].context_len += 1));
+    }
+
+    /// Rotation, storing and attention: as they come, recorded, and replayed; and as a step that attention gets rotated rows of.
+    #[test]
+    fn a_step_of_decodes_is_the_same_recorded_and_not() {
+        let Some(device) = test_device() else { return };
+        for deterministic in [false, true] {
+            let config = CudaConfig { dtype: DType::BF16, deterministic };
+            let mut backend = CudaBackend::new(&CudaDevice(Arc::clone(&device)), &config).unwrap();
+            let spec = KvCacheSpec {
+                num_layers: 1,
+                num_blocks: 32,
+                block_size: 16,
+                num_kv_heads: 2,
+                head_dim: 64,
+                dtype: DType::BF16,
+            };
+            let mut cache = backend.kv_cache(&spec).unwrap();
+            let values = |count: usize| -> Vec<u8> {
+                let value = |i: usize| half::bf16::from_f32((i * 7919 % 1009) as f32 / 500.0 - 1.0).to_le_bytes();
+                (0..count).flat_map(value).collect()
+            };
+            cache.buffer.upload(0, &values(cache.buffer.bytes() / 2)).unwrap();
+            let mut qkv = backend.tensor(4, COLS, TensorUse::Activations).unwrap();
+            let mut out = backend.tensor(4, 14 * 64, TensorUse::Activations).unwrap();
+            let rope = Rope {
+                inv_freq: (0..32).map(|i| 10_000f32.powf(-(i as f32) / 32.0)).collect(),
+                scale: 1.0,
+                pairs: RopePairs::Halves,
+            };
+            let (batch, logit_rows) = (decodes(), [0, 1, 2]);
+            let mut run = |may_record| {
+                qkv.buffer.upload(0, &values(4 * COLS)).unwrap();
+                out.buffer.fill(0, out.buffer.bytes(), 0xff).unwrap();
+                let step =
+                    StepRows { ids: &[1, 2, 3], carried: &[], paged: &batch, logit_rows: &logit_rows, may_record };
+                let mut issue = backend.begin_step(&step, std::slice::from_ref(&rope), &mut cache).unwrap();
+                while issue == Issue::Operators {
+                    qkv.rows = backend.current.rows;
+                    backend.rope_and_cache(&mut qkv, &mut cache, 0, &PARAMS, 0, None).unwrap();
+                    backend.attention(&mut out, &qkv, &cache, 0, &PARAMS).unwrap();
+                    issue = backend.end_step(Ok(())).unwrap();
+                }
+                [0, 1, 2].map(|row| backend.read_row(&out, row).unwrap())
+            };
+            let apart = run(false);
+            let first = run(true);
+            assert!(first.iter().flatten().all(|x| x.is_finite()));
+            for (first, apart) in first.iter().flatten().zip(apart.iter().flatten()) {
+                assert!((first - apart).abs() <= 0.01 * apart.abs() + 0.01, "{first} {apart}");
+            }
+            assert!(!deterministic || first == apart, "not to the bit");
+            for _ in 0..3 {
+                assert!(run(true) == first, "deterministic: {deterministic}");
+            }
+        }
     }
 }

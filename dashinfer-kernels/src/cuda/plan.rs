@@ -1,8 +1,8 @@
 //! Who attends to what in a step: the lists that the attention kernels walk, made from the batch on the host.
 //!
 //! Rows of prompts go to tiles of a prefill kernel where there is one. Every other row is a list of units: ranges of its
-//! positions, each read by one block of the decode kernel for one kv head. A row with several units gets its output from
-//! the combine kernel, which adds their partial results. How rows are split is the whole policy here ([`Splitting`]).
+//! positions, each read by one block of the decode kernel for one kv head. Of a row with several units, the block that is done
+//! last adds all partial results. How rows are split is the whole policy here ([`Splitting`]).
 
 use std::ops::Range;
 
@@ -10,13 +10,10 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::PagedBatch;
 
-/// The most units of one row: the combine kernel has a thread for each.
+/// The most units of one row: one block adds their partial results.
 pub(crate) const MAX_SPLITS: usize = 128;
 /// Units begin at multiples of this.
 const STEP: usize = 64;
-/// A row is not split into less, unless its splitting must not depend on the batch: starting a unit and adding its result
-/// cost about as much as reading so many positions.
-const MIN_SPLIT: usize = 256;
 /// What starting a unit costs, in positions: the pipeline fills, and the warps merge.
 const UNIT_OVERHEAD: usize = 64;
 /// Splits of a row under [`Splitting::ByContext`].
@@ -40,31 +37,14 @@ pub(crate) struct DecodeUnit {
     pub(crate) num_splits: u32,
     /// Where the partial result goes, if it is one. A row's slots are consecutive.
     pub(crate) slot: u32,
-    pad: u32,
+    /// Which of the row's units it is.
+    pub(crate) split: u32,
 }
 
 impl DecodeUnit {
     fn len(&self) -> u32 {
         self.end - self.begin
     }
-}
-
-/// A row whose output is the sum of partial results. With one split there is nothing to add.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub(crate) struct RowSplits {
-    /// Of the batch.
-    pub(crate) row: u32,
-    /// Of its first partial result.
-    pub(crate) first_slot: u32,
-    /// How many there are.
-    pub(crate) num_splits: u32,
-    pad: u32,
-}
-
-impl RowSplits {
-    /// An entry that the combine kernel passes over.
-    const NOTHING: Self = Self { row: 0, first_slot: 0, num_splits: 1, pad: 0 };
 }
 
 /// Some consecutive rows of one sequence.
@@ -103,6 +83,9 @@ pub(crate) struct PlanParams {
     pub(crate) window: Option<usize>,
     /// How rows are split.
     pub(crate) splitting: Splitting,
+    /// A row is not split into less, unless its splitting must not depend on the batch: adding its result costs about as much
+    /// as reading so many positions.
+    pub(crate) min_split: usize,
     /// Rows of the prefill kernel's tile. Without one, rows of prompts are units like all others.
     pub(crate) prefill_rows: Option<usize>,
     /// Partial results that there is room for; at least [`MAX_SPLITS`].
@@ -115,7 +98,8 @@ impl PlanParams {
         (self.grid / self.num_kv_heads.max(1)).max(1)
     }
 
-    /// Partial results of a step of at most `rows` rows: with so much room its plan is one [chunk](DecodeChunk).
+    /// Partial results of a step of at most `rows` rows: with so much room its plan is one
+    /// [chunk](AttentionPlan::chunks).
     ///
     /// Balanced: a row is split in less than `2 · len / size` if at all, and `size` is at least half of what makes three
     /// units for every lane, so there are at most 12 for each lane.
@@ -133,25 +117,14 @@ impl PlanParams {
     }
 }
 
-/// Units that run together, and then the rows that are combined. Chunks use the same room for partial results, one after
-/// the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct DecodeChunk {
-    /// In [`AttentionPlan::units`].
-    pub(crate) units: Range<usize>,
-    /// In [`AttentionPlan::splits`]; empty if no row was split.
-    pub(crate) splits: Range<usize>,
-}
-
 /// The work of a step's attention. Kept from step to step for its memory.
 #[derive(Debug, Default)]
 pub(crate) struct AttentionPlan {
     /// Longest first in each chunk.
     pub(crate) units: Vec<DecodeUnit>,
-    /// Rows that were split.
-    pub(crate) splits: Vec<RowSplits>,
-    /// One after the other over all units.
-    pub(crate) chunks: Vec<DecodeChunk>,
+    /// Units that run together: ranges, one after the other over all units, each with all units of its rows. They use the same
+    /// room for partial results.
+    pub(crate) chunks: Vec<Range<usize>>,
     /// The longest first.
     pub(crate) tiles: Vec<PrefillTile>,
     rows: Vec<Row>,
@@ -173,8 +146,8 @@ impl Row {
 }
 
 impl AttentionPlan {
-    /// Plans the step of `batch`. With `padded_rows`, the step is one of that many rows: rows behind the batch's get zeros, and
-    /// `splits` is padded to as many entries, so that a graph of the step serves every batch of one-row sequences that fits.
+    /// Plans the step of `batch`. With `padded_rows`, the step is one of that many rows: rows behind the batch's get zeros, so
+    /// that a graph of the step serves every batch of one-row sequences that fits.
     pub(crate) fn make(&mut self, batch: &PagedBatch, params: &PlanParams, padded_rows: Option<usize>) {
         self.rows.clear();
         self.tiles.clear();
@@ -200,34 +173,23 @@ impl AttentionPlan {
         self.tiles.sort_by_key(|tile| std::cmp::Reverse(tile.position + tile.num_rows));
         let padding = num_rows..padded_rows.unwrap_or(num_rows);
         self.rows.extend(padding.map(|row| Row { row, first_block: 0, begin: 0, context_len: 0 }));
-        self.split_rows(params, padded_rows);
+        self.split_rows(params);
     }
 
-    /// Whether a row has several units, so that there is something to combine.
-    pub(crate) fn is_split(&self) -> bool {
-        self.splits.iter().any(|row| row.num_splits > 1)
-    }
-
-    fn split_rows(&mut self, params: &PlanParams, padded_rows: Option<usize>) {
+    fn split_rows(&mut self, params: &PlanParams) {
         self.units.clear();
-        self.splits.clear();
         self.chunks.clear();
         let balanced = balanced_size(&self.rows, params);
-        let (mut first_unit, mut first_split, mut slot) = (0, 0, 0);
+        let (mut first_unit, mut slot) = (0, 0);
         for row in &self.rows {
             let size = match params.splitting {
-                Splitting::Balanced => split_evenly(row.len(), balanced),
+                Splitting::Balanced => split_evenly(row.len(), balanced, params.min_split),
                 Splitting::ByContext => fixed_size(row.len()),
             };
             let num_splits = row.len().div_ceil(size).max(1);
             if num_splits > 1 && slot + num_splits > params.max_slots && slot > 0 {
-                self.chunks
-                    .push(DecodeChunk { units: first_unit..self.units.len(), splits: first_split..self.splits.len() });
-                (first_unit, first_split, slot) = (self.units.len(), self.splits.len(), 0);
-            }
-            if num_splits > 1 {
-                let [row, first_slot] = [row.row as u32, slot as u32];
-                self.splits.push(RowSplits { row, first_slot, num_splits: num_splits as u32, pad: 0 });
+                self.chunks.push(first_unit..self.units.len());
+                (first_unit, slot) = (self.units.len(), 0);
             }
             self.units.extend((0..num_splits).map(|split| {
                 let begin = row.begin + split * size;
@@ -239,19 +201,16 @@ impl AttentionPlan {
                     context_len: row.context_len as u32,
                     num_splits: num_splits as u32,
                     slot: (slot + split) as u32,
-                    pad: 0,
+                    split: split as u32,
                 }
             }));
             slot += if num_splits > 1 { num_splits } else { 0 };
         }
-        let padded = padded_rows.map_or(0, |rows| first_split + rows);
-        self.splits.resize(self.splits.len().max(padded), RowSplits::NOTHING);
         if !self.rows.is_empty() {
-            self.chunks
-                .push(DecodeChunk { units: first_unit..self.units.len(), splits: first_split..self.splits.len() });
+            self.chunks.push(first_unit..self.units.len());
         }
         for chunk in &self.chunks {
-            self.units[chunk.units.clone()].sort_by_key(|unit| std::cmp::Reverse(unit.len()));
+            self.units[chunk.clone()].sort_by_key(|unit| std::cmp::Reverse(unit.len()));
         }
     }
 }
@@ -261,9 +220,9 @@ fn fixed_size(len: usize) -> usize {
     512.max(len.div_ceil(MAX_FIXED_SPLITS).next_multiple_of(STEP))
 }
 
-/// Positions of each unit of a row of `len`, about equal and at most `size`, or less than twice [`MIN_SPLIT`].
-fn split_evenly(len: usize, size: usize) -> usize {
-    let num_splits = len.div_ceil(size).min(len / MIN_SPLIT).max(1);
+/// Positions of each unit of a row of `len`, about equal and at most `size`, or less than twice `min_split`.
+fn split_evenly(len: usize, size: usize, min_split: usize) -> usize {
+    let num_splits = len.div_ceil(size).min(len / min_split).max(1);
     len.div_ceil(num_splits).next_multiple_of(STEP).max(STEP)
 }
 
@@ -272,13 +231,13 @@ fn balanced_size(rows: &[Row], params: &PlanParams) -> usize {
     let total: usize = rows.iter().map(Row::len).sum();
     let longest = rows.iter().map(Row::len).max().unwrap_or(0);
     let lanes = params.lanes();
-    let most = (longest / MIN_SPLIT).clamp(1, MAX_SPLITS.min(params.max_slots));
+    let most = (longest / params.min_split).clamp(1, MAX_SPLITS.min(params.max_slots));
     let mut best = (usize::MAX, STEP);
     for per_lane in 1..=3 {
         let share = total.div_ceil(lanes * per_lane).max(1);
         for num_splits in [longest / share, longest / share + 1] {
             let size = longest.div_ceil(num_splits.clamp(1, most)).next_multiple_of(STEP).max(STEP);
-            let time = expected_time(rows, size, lanes);
+            let time = expected_time(rows, size, params);
             if time < best.0 || time == best.0 && size > best.1 {
                 best = (time, size);
             }
@@ -289,10 +248,11 @@ fn balanced_size(rows: &[Row], params: &PlanParams) -> usize {
 
 /// Positions until the last lane is done, when rows are split by `size`: the smaller of two bounds. Either as many turns as
 /// there are, each as long as the longest unit; or an equal share for each lane, and the longest unit after it.
-fn expected_time(rows: &[Row], size: usize, lanes: usize) -> usize {
+fn expected_time(rows: &[Row], size: usize, params: &PlanParams) -> usize {
+    let lanes = params.lanes();
     let (mut num_units, mut positions, mut longest) = (0, 0, 0);
     for row in rows {
-        let of_row = split_evenly(row.len(), size);
+        let of_row = split_evenly(row.len(), size, params.min_split);
         num_units += row.len().div_ceil(of_row).max(1);
         positions += row.len();
         longest = longest.max(of_row.min(row.len()));
@@ -314,6 +274,7 @@ mod tests {
         num_kv_heads: 4,
         window: None,
         splitting: Splitting::Balanced,
+        min_split: 256,
         prefill_rows: Some(64),
         max_slots: 12 * 66,
     };
@@ -345,15 +306,24 @@ mod tests {
     fn long_rows_share_the_device_in_one_turn() {
         let plan = plan(&[(1, 8192); 32], &H200, None);
         assert_eq!(lens(&plan), [4096; 64]); // times four heads, on 264 blocks
-        assert_eq!(plan.splits.len(), 32);
-        assert_eq!(plan.splits[1], RowSplits { row: 1, first_slot: 2, num_splits: 2, pad: 0 });
+        let of_row: Vec<_> = plan.units.iter().filter(|unit| unit.row == 1).collect();
+        assert_eq!(
+            of_row.iter().map(|unit| (unit.slot, unit.split, unit.num_splits)).collect::<Vec<_>>(),
+            [(2, 0, 2), (3, 1, 2)]
+        );
     }
 
     #[test]
     fn short_rows_stay_whole() {
         let plan = plan(&[(1, 256), (1, 300), (1, 511)], &H200, None);
         assert_eq!(lens(&plan), [511, 300, 256]);
-        assert!(plan.splits.is_empty());
+        assert!(plan.units.iter().all(|unit| unit.num_splits == 1));
+    }
+
+    #[test]
+    fn where_it_pays_short_rows_are_split_too() {
+        let plan = plan(&[(1, 256)], &PlanParams { min_split: 64, ..H200 }, None);
+        assert_eq!(lens(&plan), [64; 4]);
     }
 
     #[test]
@@ -393,12 +363,11 @@ mod tests {
     #[test]
     fn a_padded_step_has_the_shape_of_its_bucket() {
         let plan = plan(&[(1, 100), (1, 1000)], &H200, Some(4));
-        assert_eq!(plan.splits.len(), 4);
-        assert_eq!(plan.splits.iter().filter(|row| row.num_splits > 1).count(), 1);
+        assert!(plan.units.iter().all(|unit| (unit.num_splits > 1) == (unit.row == 1)));
         let padding: Vec<_> = plan.units.iter().filter(|unit| unit.begin == unit.end).collect();
         assert_eq!(padding.iter().map(|unit| unit.row).collect::<Vec<_>>(), [2, 3]);
         assert!(padding.iter().all(|unit| unit.num_splits == 1 && unit.context_len == 0));
-        assert_eq!(plan.chunks, [DecodeChunk { units: 0..plan.units.len(), splits: 0..4 }]);
+        assert_eq!(plan.chunks, vec![0..plan.units.len()]);
     }
 
     #[test]
@@ -415,11 +384,13 @@ mod tests {
     }
 
     fn any_params() -> impl Strategy<Value = PlanParams> {
-        (1usize..600, 1usize..9, proptest::option::of(1usize..5000), any::<bool>(), any::<bool>()).prop_map(
-            |(grid, num_kv_heads, window, by_context, prefill)| PlanParams {
+        let sizes = (1usize..600, 1usize..9, 1usize..7);
+        (sizes, proptest::option::of(1usize..5000), any::<bool>(), any::<bool>()).prop_map(
+            |((grid, num_kv_heads, min_split), window, by_context, prefill)| PlanParams {
                 grid,
                 num_kv_heads,
                 window,
+                min_split: 64 * min_split,
                 splitting: if by_context { Splitting::ByContext } else { Splitting::Balanced },
                 prefill_rows: prefill.then_some(64),
                 max_slots: MAX_SPLITS,
@@ -448,10 +419,10 @@ mod tests {
             }
             let mut next_unit = 0;
             for chunk in &plan.chunks {
-                prop_assert_eq!(chunk.units.start, next_unit);
-                next_unit = chunk.units.end;
+                prop_assert_eq!(chunk.start, next_unit);
+                next_unit = chunk.end;
                 let mut slots = vec![false; params.max_slots];
-                let mut units = plan.units[chunk.units.clone()].to_vec();
+                let mut units = plan.units[chunk.clone()].to_vec();
                 prop_assert!(units.is_sorted_by_key(|unit| std::cmp::Reverse(unit.len())));
                 units.sort_by_key(|unit| (unit.row, unit.begin));
                 for of_row in units.chunk_by(|a, b| a.row == b.row) {
@@ -461,20 +432,14 @@ mod tests {
                     prop_assert_eq!(of_row[0].begin as usize, hidden / 64 * 64);
                     prop_assert_eq!(of_row[of_row.len() - 1].end as usize, *context_len);
                     prop_assert!(of_row.windows(2).all(|two| two[0].end == two[1].begin && two[1].slot == two[0].slot + 1));
-                    for unit in of_row {
+                    for (split, unit) in of_row.iter().enumerate() {
+                        prop_assert_eq!(unit.split as usize, split);
                         prop_assert!(unit.begin % 64 == 0 && unit.begin < unit.end);
                         prop_assert_eq!(unit.num_splits as usize, of_row.len());
                         prop_assert_eq!(unit.context_len as usize, *context_len);
                         if unit.num_splits > 1 {
                             prop_assert!(!std::mem::replace(&mut slots[unit.slot as usize], true));
                         }
-                    }
-                    let splits = plan.splits[chunk.splits.clone()].iter().filter(|splits| splits.row == of_row[0].row);
-                    let splits: Vec<_> = splits.map(|splits| (splits.first_slot, splits.num_splits)).collect();
-                    if of_row.len() > 1 {
-                        prop_assert_eq!(splits, [(of_row[0].slot, of_row.len() as u32)]);
-                    } else {
-                        prop_assert!(splits.is_empty());
                     }
                     *context_len = usize::MAX;
                 }
@@ -494,7 +459,7 @@ mod tests {
             prop_assert_eq!(plan.chunks.len(), 1);
             prop_assert!(plan.units.len() <= params.units_for(contexts.len()));
             if params.splitting == Splitting::Balanced {
-                prop_assert!(plan.units.iter().all(|unit| unit.num_splits == 1 || unit.len() > 64 || unit.end == unit.context_len));
+                prop_assert!(plan.units.iter().all(|unit| unit.num_splits == 1 || unit.len() >= 64 || unit.end == unit.context_len));
             }
         }
 

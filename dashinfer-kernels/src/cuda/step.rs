@@ -28,10 +28,9 @@ pub(super) mod section {
     pub(in crate::cuda) const SLOTS: usize = 5;
     pub(in crate::cuda) const LOGIT_ROWS: usize = 6;
     pub(in crate::cuda) const UNITS: usize = 7;
-    pub(in crate::cuda) const SPLITS: usize = 8;
-    pub(in crate::cuda) const TILES: usize = 9;
-    pub(in crate::cuda) const BLOCK_TABLE: usize = 10;
-    pub(in crate::cuda) const COUNT: usize = 11;
+    pub(in crate::cuda) const TILES: usize = 8;
+    pub(in crate::cuda) const BLOCK_TABLE: usize = 9;
+    pub(in crate::cuda) const COUNT: usize = 10;
 }
 
 /// Descriptions of steps that may be recorded, and of others: small, and as large as steps can be.

@@ -100,6 +100,7 @@ pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
+    ("rope.cuh", include_str!("../../cuda/rope.cuh")),
 ];
 
 const ALL_TYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
@@ -108,12 +109,11 @@ const HALVES: &[DType] = &[DType::F16, DType::BF16];
 
 /// Every file of device code; twice, if not every architecture needs it for the same types.
 pub static UNITS: &[Listed] = &[
-    Listed { unit: &ops::attention_combine::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed {
         unit: &ops::attention_decode::UNIT,
         archs: Archs::SINCE_SM80,
         types: HALVES,
-        variants: |_| ops::attention_decode::VARIANTS.iter().map(|variant| variant.options().to_vec()).collect(),
+        variants: |arch| ops::attention_decode::variants(arch).map(|variant| variant.options().to_vec()).collect(),
     },
     Listed {
         unit: &ops::attention_prefill_sm80::UNIT,

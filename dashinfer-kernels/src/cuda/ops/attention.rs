@@ -6,13 +6,14 @@
 //! | decodes | `attention_decode` | `attention_decode` | `attention_simple` |
 //!
 //! When results must not depend on the step, rows of prompts are computed as decodes are, each by itself.
+//!
+//! Steps of decodes leave rotation and the cache's new positions to `attention_decode`, too, where it can.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use super::attention_combine::AttentionCombine;
-use super::attention_decode::AttentionDecode;
+use super::attention_decode::{AttentionDecode, DecodeRope, Purpose};
 use super::attention_prefill_sm80::{AttentionPrefillSm80, PrefillOperands};
 use super::attention_prefill_sm90::{AttentionPrefillSm90, CacheMaps, Operands, Shape, TILE_ROWS};
 use super::attention_simple::AttentionSimple;
@@ -20,7 +21,7 @@ use super::attention_units::{DecodeOperands, Partials};
 use super::operand::Span;
 use crate::cuda::device::Device;
 use crate::cuda::memory::Buffer;
-use crate::cuda::plan::{AttentionPlan, DecodeUnit, PlanParams, RowSplits, Splitting};
+use crate::cuda::plan::{AttentionPlan, DecodeUnit, PlanParams, Splitting};
 use crate::{AttentionParams, DType, KernelError};
 
 /// Rows whose splits have room at once when each row is split by itself; more are computed in turns.
@@ -43,11 +44,12 @@ pub(crate) struct AttentionOperands<'a> {
     pub(crate) units: Span<'a>,
     /// For each chunk of the plan how many units it has: `u32`.
     pub(crate) num_units: Span<'a>,
-    /// The plan's splits.
-    pub(crate) splits: Span<'a>,
     /// The plan's tiles.
     pub(crate) tiles: Span<'a>,
     pub(crate) block_table: Span<'a>,
+    /// How rows are rotated that are not yet, nor in the cache: of a step of decodes whose rows
+    /// [attention takes](Attention::takes) as they are.
+    pub(crate) rope: Option<DecodeRope>,
 }
 
 /// The heads that kernels are made for.
@@ -59,8 +61,23 @@ struct Heads {
 
 #[derive(Debug)]
 enum Units {
-    Decode(AttentionDecode),
+    Decode {
+        cached: AttentionDecode,
+        fused: Option<AttentionDecode>,
+        /// Results must depend on nothing but the row: with these there are several orders of a row's sum.
+        wide: Option<AttentionDecode>,
+    },
     Simple(AttentionSimple),
+}
+
+impl Units {
+    /// The kernel for a step of decodes with so many rows.
+    fn of_decodes(&self, num_rows: usize, num_kv_heads: usize, num_sms: u32) -> Option<&AttentionDecode> {
+        let Self::Decode { fused, wide, .. } = self else { return None };
+        // Half of the multiprocessors have nothing to do, unless rows are split.
+        let few = 2 * num_rows * num_kv_heads <= num_sms as usize;
+        wide.as_ref().filter(|_| few).or(fused.as_ref())
+    }
 }
 
 #[derive(Debug)]
@@ -89,7 +106,8 @@ pub(crate) fn max_slots(device: &Device, num_kv_heads: usize) -> usize {
     const BLOCKS: usize = 6;
     let grid = device.num_sms as usize * BLOCKS;
     let slots = |splitting| {
-        let params = PlanParams { grid, num_kv_heads, window: None, splitting, prefill_rows: None, max_slots: 0 };
+        let (window, min_split, prefill_rows) = (None, 1, None);
+        let params = PlanParams { grid, num_kv_heads, window, splitting, min_split, prefill_rows, max_slots: 0 };
         params.slots_for(ROWS_AT_ONCE)
     };
     slots(Splitting::Balanced).max(slots(Splitting::ByContext))
@@ -100,22 +118,21 @@ pub(crate) struct Attention {
     device: Arc<Device>,
     dtype: DType,
     deterministic: bool,
-    combine: AttentionCombine,
     kernels: Option<Kernels>,
-    /// Partial sums, and their maxima and weights.
-    partials: [Buffer; 2],
+    /// Partial sums, their maxima and weights, and tickets.
+    partials: [Buffer; 3],
     generation: u64,
 }
 
 impl Attention {
     pub(crate) fn new(device: &Arc<Device>, dtype: DType, deterministic: bool) -> Result<Self, KernelError> {
+        let none = || device.alloc("partial attention", 0);
         Ok(Self {
             device: Arc::clone(device),
             dtype,
             deterministic,
-            combine: AttentionCombine::new(device, dtype)?,
             kernels: None,
-            partials: [device.alloc("partial attention", 0)?, device.alloc("partial attention", 0)?],
+            partials: [none()?, none()?, none()?],
             generation: 0,
         })
     }
@@ -125,7 +142,8 @@ impl Attention {
         self.generation
     }
 
-    /// What a plan is made for. Makes the kernels of these heads.
+    /// What a plan is made for; with `decodes`, for a step of that many rows, one of each of its sequences. Makes the kernels of
+    /// these heads.
     ///
     /// # Errors
     /// [`KernelError::Unsupported`] if there is none, and what compiling may say.
@@ -134,6 +152,7 @@ impl Attention {
         num_kv_heads: usize,
         head_dim: usize,
         block_size: usize,
+        decodes: Option<usize>,
     ) -> Result<PlanParams, KernelError> {
         let heads = Heads { num_kv_heads, head_dim };
         if self.kernels.as_ref().is_none_or(|kernels| kernels.heads != heads) {
@@ -141,9 +160,9 @@ impl Attention {
             self.generation += 1;
         }
         let kernels = self.kernels.as_ref();
-        let grid = kernels.map_or(1, |kernels| match &kernels.units {
-            Units::Decode(kernel) => kernel.grid(),
-            Units::Simple(kernel) => kernel.grid(),
+        let (grid, min_split) = kernels.map_or((1, 1), |kernels| match &kernels.units {
+            Units::Decode { cached, .. } => (cached.grid(), cached.min_split()),
+            Units::Simple(kernel) => (kernel.grid(), kernel.min_split()),
         });
         let prefill_rows = kernels.and_then(|kernels| match &kernels.tiles {
             Tiles::None => None,
@@ -151,17 +170,27 @@ impl Attention {
             Tiles::Sm90 { .. } => Some(TILE_ROWS as usize),
         });
         let splitting = if self.deterministic { Splitting::ByContext } else { Splitting::Balanced };
-        let params = PlanParams { grid, num_kv_heads, window: None, splitting, prefill_rows, max_slots: 0 };
-        Ok(PlanParams { max_slots: params.slots_for(ROWS_AT_ONCE), ..params })
+        let (window, max_slots) = (None, 0);
+        let params = PlanParams { grid, num_kv_heads, window, splitting, min_split, prefill_rows, max_slots };
+        // The room is that of the largest grid, so that it does not depend on the step.
+        let max_slots = params.slots_for(ROWS_AT_ONCE);
+        let of_decodes = decodes.and_then(|rows| kernels?.units.of_decodes(rows, num_kv_heads, self.device.num_sms));
+        Ok(match of_decodes {
+            Some(kernel) => PlanParams { grid: kernel.grid(), min_split: kernel.min_split(), max_slots, ..params },
+            None => PlanParams { max_slots, ..params },
+        })
     }
 
     fn kernels_for(&self, heads: Heads, block_size: usize) -> Result<Kernels, KernelError> {
         let (device, dtype, head_dim) = (&self.device, self.dtype, heads.head_dim);
         let on_tensor_cores = AttentionDecode::supports(device.arch, dtype, head_dim, 1);
-        let units = if on_tensor_cores {
-            Units::Decode(AttentionDecode::new(device, dtype, head_dim)?)
-        } else {
-            Units::Simple(AttentionSimple::new(device, dtype, head_dim)?)
+        let of = |purpose| AttentionDecode::new(device, dtype, head_dim, purpose);
+        let units = match of(Purpose::Cached)? {
+            Some(cached) => {
+                let wide = if self.deterministic { None } else { of(Purpose::FusedWide)? };
+                Units::Decode { cached, fused: of(Purpose::Fused)?, wide }
+            }
+            None => Units::Simple(AttentionSimple::new(device, dtype, head_dim)?),
         };
         let shape = Shape {
             dtype,
@@ -180,11 +209,22 @@ impl Attention {
         Ok(Kernels { heads, units, large_groups: None, tiles })
     }
 
+    /// Whether [`run`](Self::run) takes the rows of a step of decodes as they are, not rotated and not in the cache.
+    pub(crate) fn takes(&self, params: &AttentionParams) -> bool {
+        let group = params.num_heads / params.num_kv_heads.max(1);
+        let on_tensor_cores = AttentionDecode::supports(self.device.arch, self.dtype, params.head_dim, group);
+        let units = self.kernels.as_ref().map(|kernels| &kernels.units);
+        on_tensor_cores && matches!(units, Some(Units::Decode { fused: Some(_), .. }))
+    }
+
     /// Attention of the rows of `plan`, whose lists are on the device.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if an operand is too small or the plan was made for other heads.
-    pub(crate) fn run(
+    ///
+    /// # Safety
+    /// What the rope names is still there.
+    pub(crate) unsafe fn run(
         &mut self,
         operands: &AttentionOperands<'_>,
         params: &AttentionParams,
@@ -201,7 +241,8 @@ impl Attention {
             self.run_tiles(operands, params, plan.tiles.len())?;
         }
         if !plan.units.is_empty() {
-            self.run_units(operands, params, plan, max_slots)?;
+            // SAFETY: as the caller says.
+            unsafe { self.run_units(operands, params, plan, max_slots)? };
         }
         Ok(())
     }
@@ -263,7 +304,9 @@ impl Attention {
         }
     }
 
-    fn run_units(
+    /// # Safety
+    /// What the rope names is still there.
+    unsafe fn run_units(
         &mut self,
         operands: &AttentionOperands<'_>,
         params: &AttentionParams,
@@ -274,17 +317,20 @@ impl Attention {
         for (buffer, wanted) in self.partials.iter_mut().zip(wanted) {
             if buffer.bytes() < wanted {
                 *buffer = self.device.alloc("partial attention", wanted)?;
+                buffer.fill(0, wanted, 0)?; // the tickets
                 self.generation += 1;
             }
         }
-        let partials =
-            Partials { out: (&self.partials[0]).into(), ml: (&self.partials[1]).into(), num_slots: max_slots };
+        let [out, ml, tickets] = self.partials.each_ref().map(Span::from);
+        let partials = Partials { num_slots: max_slots, out, ml, tickets };
         let Some(kernels) = &mut self.kernels else { return Ok(()) };
         let group = params.num_heads / params.num_kv_heads.max(1);
         let on_tensor_cores = AttentionDecode::supports(self.device.arch, self.dtype, params.head_dim, group);
-        if matches!(kernels.units, Units::Decode(_)) && !on_tensor_cores && kernels.large_groups.is_none() {
+        if matches!(kernels.units, Units::Decode { .. }) && !on_tensor_cores && kernels.large_groups.is_none() {
             kernels.large_groups = Some(AttentionSimple::new(&self.device, self.dtype, params.head_dim)?);
         }
+        let (device, rope) = (&self.device, operands.rope.as_ref());
+        let of_decodes = kernels.units.of_decodes(operands.num_rows, params.num_kv_heads, device.num_sms);
         for (index, chunk) in plan.chunks.iter().enumerate() {
             let size = size_of::<DecodeUnit>();
             let decode = DecodeOperands {
@@ -294,21 +340,25 @@ impl Attention {
                 k_cache: operands.cache[0],
                 v_cache: operands.cache[1],
                 block_size: operands.block_size,
-                units: operands.units.rest(chunk.units.start * size)?,
+                units: operands.units.rest(chunk.start * size)?,
                 num_units: operands.num_units.rest(index * size_of::<u32>())?,
                 block_table: operands.block_table,
                 partials,
                 params,
             };
-            match (&kernels.units, &kernels.large_groups) {
-                (Units::Decode(_), Some(kernel)) | (Units::Simple(kernel), _) => kernel.run(&self.device, &decode)?,
-                (Units::Decode(kernel), None) => kernel.run(&self.device, &decode)?,
-            }
-            if plan.is_split() && !chunk.splits.is_empty() {
-                let splits = operands.splits.rest(chunk.splits.start * size_of::<RowSplits>())?;
-                let (out, splits) = ((operands.out, operands.num_rows), (splits, chunk.splits.len()));
-                let sizes = [params.num_heads, params.head_dim];
-                self.combine.run(&self.device, out, &partials, splits, sizes)?;
+            match (&kernels.units, of_decodes.filter(|_| rope.is_some())) {
+                // SAFETY: as the caller says.
+                (_, Some(kernel)) => unsafe { kernel.run(device, &decode, rope)? },
+                // SAFETY: as above; with a rope, this is an error.
+                (Units::Decode { cached, .. }, None) if on_tensor_cores => unsafe {
+                    cached.run(device, &decode, rope)?
+                },
+                (Units::Simple(kernel), None) => kernel.run(device, &decode)?,
+                (Units::Decode { .. }, None) => {
+                    if let Some(kernel) = &kernels.large_groups {
+                        kernel.run(device, &decode)?;
+                    }
+                }
             }
         }
         Ok(())

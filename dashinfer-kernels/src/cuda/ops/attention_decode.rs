@@ -13,37 +13,94 @@ pub(crate) static UNIT: Unit =
     Unit { name: "attention_decode.cu", source: include_str!("../../../cuda/attention_decode.cu") };
 
 const OP: &str = "attention_decode";
-const WARPS: usize = 4;
 /// Positions of a stage of a warp's ring.
 const CHUNK: usize = 16;
 /// Query heads of a kv head: the rows of one tile.
 const MAX_GROUP: usize = 16;
 
+/// What a compilation is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Rows whose keys and values are in the cache.
+    Cached,
+    /// Steps of decodes, with rotation and the cache's new positions.
+    Fused,
+    /// The same, for few rows: twice the warps to a block, which so is done sooner.
+    FusedWide,
+}
+
 /// How a head size is compiled.
 #[derive(Debug)]
-pub(crate) struct Variant {
+struct HeadSize {
     /// `D`
-    pub(crate) head_dim: usize,
-    /// Stages of a warp's ring, keys and values apart. A block's four rings take 96 KB at most: every GPU since SM80 has 99.
-    pub(crate) stages: usize,
-    /// Blocks of a multiprocessor that its registers allow.
+    head_dim: usize,
+    /// Stages of a warp's ring, keys and values apart, for each [`Purpose`]; where shared memory is smaller, fewer.
+    stages: [Option<usize>; 3],
+    /// Blocks of four warps of a multiprocessor that registers are left for.
     blocks: usize,
 }
 
-/// Every head size that there is a kernel for.
-pub(crate) static VARIANTS: &[Variant] = &[
-    Variant { head_dim: 64, stages: 6, blocks: 4 },
-    Variant { head_dim: 80, stages: 6, blocks: 3 },
-    Variant { head_dim: 96, stages: 6, blocks: 3 },
-    Variant { head_dim: 128, stages: 6, blocks: 3 },
-    Variant { head_dim: 192, stages: 4, blocks: 2 },
-    Variant { head_dim: 256, stages: 3, blocks: 2 },
+/// Every head size that there is a kernel for. Rings of 96 KB fit every GPU since SM80, which has 99 for a block.
+static HEAD_SIZES: &[HeadSize] = &[
+    HeadSize { head_dim: 64, stages: [Some(6), Some(6), Some(6)], blocks: 4 },
+    HeadSize { head_dim: 80, stages: [Some(6), Some(6), Some(4)], blocks: 3 },
+    HeadSize { head_dim: 96, stages: [Some(6), Some(5), Some(4)], blocks: 3 },
+    HeadSize { head_dim: 128, stages: [Some(6), Some(6), Some(4)], blocks: 3 },
+    HeadSize { head_dim: 192, stages: [Some(4), Some(4), None], blocks: 2 },
+    HeadSize { head_dim: 256, stages: [Some(3), Some(3), None], blocks: 2 },
 ];
+
+/// One compilation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Variant {
+    purpose: Purpose,
+    head_dim: usize,
+    stages: usize,
+    /// Blocks of a multiprocessor that registers are left for.
+    blocks: usize,
+}
+
+/// Every compilation for an architecture.
+pub(crate) fn variants(arch: Arch) -> impl Iterator<Item = Variant> {
+    let purposes = [Purpose::Cached, Purpose::Fused, Purpose::FusedWide];
+    HEAD_SIZES.iter().flat_map(move |size| purposes.into_iter().filter_map(move |purpose| size.variant(arch, purpose)))
+}
+
+/// KB of shared memory of a multiprocessor. A block may have all but one, which the system takes of every block.
+fn shared_kb(arch: Arch) -> usize {
+    match arch.number() {
+        80 | 87 => 164,
+        90 | 100 | 103 => 228,
+        _ => 100,
+    }
+}
+
+impl HeadSize {
+    /// The one for a purpose, with as many stages as shared memory has room for; a warp's accumulator needs three.
+    fn variant(&self, arch: Arch, purpose: Purpose) -> Option<Variant> {
+        let most = self.stages[purpose as usize]?;
+        let blocks = if purpose == Purpose::FusedWide { self.blocks / 2 } else { self.blocks };
+        // A wide block that is cut down is not worth its while.
+        let least = if purpose == Purpose::FusedWide { most } else { 3 };
+        let of = |stages| Variant { purpose, head_dim: self.head_dim, stages, blocks };
+        (least..=most).rev().map(of).find(|variant| variant.shared() <= (shared_kb(arch) - 1) << 10)
+    }
+}
 
 impl Variant {
     /// The compiler's options.
-    pub(crate) fn options(&self) -> [String; 2] {
-        [format!("-DHEAD_DIM={}", self.head_dim), format!("-DSTAGES={}", self.stages)]
+    pub(crate) fn options(&self) -> [String; 5] {
+        [
+            format!("-DHEAD_DIM={}", self.head_dim),
+            format!("-DSTAGES={}", self.stages),
+            format!("-DNUM_WARPS={}", self.warps()),
+            format!("-DBLOCKS={}", self.blocks),
+            format!("-DFUSED={}", u32::from(self.purpose != Purpose::Cached)),
+        ]
+    }
+
+    fn warps(&self) -> usize {
+        if self.purpose == Purpose::FusedWide { 8 } else { 4 }
     }
 
     /// Bytes of a warp's ring.
@@ -51,21 +108,33 @@ impl Variant {
         self.stages * CHUNK * self.head_dim * 2
     }
 
-    /// Bytes of dynamic shared memory: the rings, and two floats of each warp and head.
+    /// Bytes of dynamic shared memory: the rings, two floats of each warp and head; if it rotates, the queries, a key and a
+    /// value, sines and cosines.
     fn shared(&self) -> usize {
-        WARPS * (self.ring() + MAX_GROUP * 8)
+        let rotated =
+            if self.purpose == Purpose::Cached { 0 } else { (MAX_GROUP + 2) * self.head_dim * 2 + self.head_dim * 4 };
+        self.warps() * (self.ring() + MAX_GROUP * 8) + rotated
     }
 
     /// Blocks that a multiprocessor holds at once.
     fn blocks_per_sm(&self, arch: Arch) -> usize {
-        let shared_of_sm = match arch.number() {
-            80 | 87 => 164 << 10,
-            90 | 100 | 103 => 228 << 10,
-            _ => 100 << 10,
-        };
-        const OF_SYSTEM: usize = 1 << 10; // of every block
-        (shared_of_sm / (self.shared() + OF_SYSTEM)).clamp(1, self.blocks)
+        ((shared_kb(arch) << 10) / (self.shared() + (1 << 10))).clamp(1, self.blocks)
     }
+}
+
+/// How rows are rotated that are not yet (`DecodeRope` of `attention_decode.cu`).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct DecodeRope {
+    pub(super) k_cache: u64,
+    pub(super) v_cache: u64,
+    pub(super) inv_freq: u64,
+    pub(super) q_norm: u64,
+    pub(super) k_norm: u64,
+    pub(super) rope_scale: f32,
+    pub(super) norm_eps: f32,
+    pub(super) rotated: u32,
+    pub(super) interleaved: u32,
 }
 
 /// Attention of single rows over their cached positions, see `attention_decode.cu`.
@@ -73,7 +142,7 @@ impl Variant {
 pub(crate) struct AttentionDecode {
     kernel: Kernel,
     dtype: DType,
-    variant: &'static Variant,
+    variant: Variant,
     grid: u32,
 }
 
@@ -84,22 +153,30 @@ impl AttentionDecode {
         arch.number() >= 80
             && dtype != DType::F32
             && (1..=MAX_GROUP).contains(&group)
-            && VARIANTS.iter().any(|variant| variant.head_dim == head_dim)
+            && HEAD_SIZES.iter().any(|size| size.head_dim == head_dim)
     }
 
+    /// The kernel for a purpose. There is one for [`Purpose::Cached`] if it is [supported](Self::supports), and may be none
+    /// for the others.
+    ///
     /// # Errors
-    /// [`KernelError::Unsupported`] if there is none for this GPU, type or head size, and what compiling may say.
-    pub(crate) fn new(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Result<Self, KernelError> {
-        let variant = VARIANTS.iter().find(|variant| variant.head_dim == head_dim);
-        let variant = variant.filter(|_| Self::supports(device.arch, dtype, head_dim, 1)).ok_or_else(|| {
-            let what = format!("a head size of {head_dim} in {dtype} on compute capability {}", device.arch);
-            KernelError::Unsupported { op: OP, what, backend: "cuda" }
-        })?;
-        let [head, stages] = variant.options();
-        let kernel = typed_kernel(device, &UNIT, dtype, &[&head, &stages], OP)?;
+    /// What compiling may say.
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        dtype: DType,
+        head_dim: usize,
+        purpose: Purpose,
+    ) -> Result<Option<Self>, KernelError> {
+        if !Self::supports(device.arch, dtype, head_dim, 1) {
+            return Ok(None);
+        }
+        let size = HEAD_SIZES.iter().find(|size| size.head_dim == head_dim);
+        let Some(variant) = size.and_then(|size| size.variant(device.arch, purpose)) else { return Ok(None) };
+        let options = variant.options();
+        let kernel = typed_kernel(device, &UNIT, dtype, &options.each_ref().map(String::as_str), OP)?;
         let kernel = kernel.with_shared(variant.shared() as u32)?;
         let grid = device.num_sms * variant.blocks_per_sm(device.arch) as u32;
-        Ok(Self { kernel, dtype, variant, grid })
+        Ok(Some(Self { kernel, dtype, variant, grid }))
     }
 
     /// Blocks that run at once: what a plan divides the positions between.
@@ -107,31 +184,55 @@ impl AttentionDecode {
         self.grid as usize
     }
 
-    /// Writes the output of rows of one unit, and the partial results of the others for
-    /// [`AttentionCombine`](super::attention_combine::AttentionCombine).
+    /// Positions that a row is not split into less of. A warp takes some 0.35 us for a chunk of 16; that a block's part of a row
+    /// gets to another block, and is added there, takes what three or four of them take.
+    pub(crate) fn min_split(&self) -> usize {
+        if self.variant.purpose == Purpose::FusedWide { 384 } else { 256 }
+    }
+
+    /// Writes the output of the units' rows. `rope`: for rows that are not rotated, and not in the cache, which must be decodes
+    /// all of them, in a step that writes to the cache in no other way.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if an operand is too small, [`KernelError::Unsupported`] for more than 16 query heads to a kv
-    /// head and for other block sizes.
-    pub(crate) fn run(&self, device: &Device, operands: &DecodeOperands<'_>) -> Result<(), KernelError> {
+    /// head, for other block sizes, and if the kernel is for the other kind of rows.
+    ///
+    /// # Safety
+    /// What `rope` names is still there.
+    pub(crate) unsafe fn run(
+        &self,
+        device: &Device,
+        operands: &DecodeOperands<'_>,
+        rope: Option<&DecodeRope>,
+    ) -> Result<(), KernelError> {
         crate::error::check(OP, "head size", self.variant.head_dim, operands.params.head_dim)?;
         let params = operands.checked(OP, self.dtype)?;
+        let unsupported = |what| Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
         if operands.group() > MAX_GROUP {
-            let what = format!("{} query heads to a kv head", operands.group());
-            return Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
+            return unsupported(format!("{} query heads to a kv head", operands.group()));
         }
-        let launch = Launch { grid: [self.grid, 1, 1], block: WARPS as u32 * 32, shared: self.variant.shared() as u32 };
-        // SAFETY: this is the kernel's parameter; sizes were checked above, and units are a plan's, which name rows, blocks and
-        // slots of the batch and the workspace that it was made for.
-        unsafe { self.kernel.launch(device, launch, &mut Args::new().value(&params)) }
+        let args = Args::new().value(&params);
+        let mut args = match (self.variant.purpose, rope) {
+            (Purpose::Cached, None) => args,
+            (Purpose::Fused | Purpose::FusedWide, Some(rope)) => args.value(rope),
+            (purpose, _) => return unsupported(format!("{purpose:?} for rows of the other kind")),
+        };
+        let (block, shared) = (self.variant.warps() as u32 * 32, self.variant.shared() as u32);
+        let launch = Launch { grid: [self.grid, 1, 1], block, shared };
+        // SAFETY: these are the kernel's parameters; sizes were checked above, and units are a plan's, which name rows, blocks and
+        // slots of the batch and the workspace that it was made for. The caller sees to `rope`.
+        unsafe { self.kernel.launch(device, launch, &mut args) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::attention_fused_testing::*;
     use super::super::attention_testing::*;
     use super::super::testing::*;
     use super::*;
+    use crate::RopePairs;
+    use crate::cuda::plan::Splitting;
 
     const HALVES: [DType; 2] = [DType::BF16, DType::F16];
 
@@ -147,9 +248,17 @@ mod tests {
 
     #[test]
     fn a_block_s_rings_fit_every_gpu_and_hold_a_warp_s_accumulator() {
-        for variant in VARIANTS {
-            assert!(variant.shared() <= 99 << 10);
-            assert!(CHUNK * (variant.head_dim + 8) * 4 <= variant.ring());
+        for arch in [Arch::SM80, Arch::SM86, Arch::SM90, Arch::SM120] {
+            for variant in variants(arch) {
+                assert!(variant.shared() <= (shared_kb(arch) - 1) << 10);
+                assert!(CHUNK * (variant.head_dim + 8) * 4 <= variant.ring());
+            }
+            let cached = variants(arch).filter(|variant| variant.purpose == Purpose::Cached);
+            assert_eq!(cached.count(), HEAD_SIZES.len(), "{arch}");
+        }
+        // Queries, a key and a value beside the rings cost no block of a multiprocessor.
+        for two in variants(Arch::SM90).collect::<Vec<_>>().chunk_by(|a, b| a.head_dim == b.head_dim) {
+            assert_eq!(two[0].blocks_per_sm(Arch::SM90), two[1].blocks_per_sm(Arch::SM90), "{two:?}");
         }
     }
 
@@ -157,7 +266,7 @@ mod tests {
     fn attention_decode_every_head_size() {
         let Some(device) = device() else { return };
         for dtype in HALVES {
-            for head_dim in VARIANTS.iter().map(|variant| variant.head_dim) {
+            for head_dim in HEAD_SIZES.iter().map(|size| size.head_dim) {
                 let kernels = Kernels::decode(&device, dtype, head_dim);
                 check_shapes(&device, &kernels, dtype, head_dim, &[[14, 2], [4, 4]]);
             }
@@ -202,6 +311,58 @@ mod tests {
         check_invariance(&device, &kernels, DType::BF16, 128);
     }
 
+    const HALVES_OF: fn(usize) -> Rotation = |rotated| Rotation { rotated, pairs: RopePairs::Halves, is_normed: false };
+
+    #[test]
+    fn attention_decode_fused_every_head_size_whole_and_in_part() {
+        let Some(device) = device() else { return };
+        for dtype in HALVES {
+            for head_dim in HEAD_SIZES.iter().map(|size| size.head_dim) {
+                let case = Case { min_split: 64, ..Case::new(dtype, [14, 2, head_dim], 32) };
+                check_fused(&device, &case, HALVES_OF(head_dim), 70);
+                let case = Case::new(dtype, [4, 4, head_dim], 16);
+                check_fused(&device, &case, Rotation { is_normed: true, ..HALVES_OF(head_dim) }, 71);
+                check_fused(&device, &case, Rotation { pairs: RopePairs::Interleaved, ..HALVES_OF(head_dim) }, 72);
+                let part = Rotation { rotated: head_dim / 4 / 8 * 8, pairs: RopePairs::Interleaved, is_normed: true };
+                check_fused(&device, &case, part, 73);
+                check_fused(&device, &case, HALVES_OF(32), 74);
+            }
+        }
+    }
+
+    #[test]
+    fn attention_decode_fused_every_group_and_block_size() {
+        let Some(device) = device() else { return };
+        for (i, heads) in [[2, 2], [4, 2], [3, 1], [8, 2], [28, 4], [14, 1], [32, 2]].into_iter().enumerate() {
+            let case = Case::new(DType::BF16, [heads[0], heads[1], 128], [16, 32, 64, 128][i % 4]);
+            check_fused(&device, &case, Rotation { is_normed: i % 2 == 0, ..HALVES_OF(128) }, 80 + i as u64);
+            // Lists in two chunks.
+            let fixed = Case { splitting: Splitting::ByContext, max_slots: 11, ..case };
+            check_fused(&device, &fixed, HALVES_OF(128), 90 + i as u64);
+        }
+    }
+
+    #[test]
+    fn attention_decode_fused_windows_and_padding() {
+        let Some(device) = device() else { return };
+        for (window, plan_knows_window) in [(1, true), (1, false), (17, true), (700, false)] {
+            let padded_rows = Some(16);
+            let mut case = Case { plan_knows_window, padded_rows, ..Case::new(DType::BF16, [4, 2, 64], 32) };
+            case.params.window = Some(window);
+            check_fused(&device, &case, HALVES_OF(64), 100);
+        }
+    }
+
+    #[test]
+    fn attention_decode_fused_in_several_turns() {
+        let Some(device) = device() else { return };
+        for head_dim in [64, 128] {
+            let sequences = (0..400).map(|i| (1, 1 + i * 37 % 200)).collect();
+            let case = Case { sequences, ..Case::new(DType::BF16, [14, 2, head_dim], 16) };
+            check_fused(&device, &case, HALVES_OF(head_dim), 110);
+        }
+    }
+
     #[test]
     #[ignore = "takes a GPU to itself"]
     fn bench_decode_attention() {
@@ -216,6 +377,15 @@ mod tests {
         ] {
             let kernels = Kernels::decode(&device, DType::BF16, head_dim);
             bench(&device, &kernels, [num_heads, num_kv_heads, head_dim], context_len, num_rows);
+        }
+        for (heads, context_len, rows) in [
+            ([28, 4, 128], 256, [1, 8, 64].as_slice()),
+            ([14, 2, 64], 200, &[1, 64, 256]),
+            ([28, 4, 128], 2048, &[1, 16, 64]),
+        ] {
+            for &num_rows in rows {
+                bench_fused(&device, heads, context_len, num_rows);
+            }
         }
     }
 }

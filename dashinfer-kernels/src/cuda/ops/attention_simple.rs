@@ -50,8 +50,12 @@ impl AttentionSimple {
         self.grid as usize
     }
 
-    /// Writes the output of rows of one unit, and the partial results of the others for
-    /// [`AttentionCombine`](super::attention_combine::AttentionCombine).
+    /// Positions that a row is not split into less of: what adding a part costs.
+    pub(crate) fn min_split(&self) -> usize {
+        256
+    }
+
+    /// Writes the output of the units' rows.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if an operand is too small, [`KernelError::Unsupported`] for other block sizes.

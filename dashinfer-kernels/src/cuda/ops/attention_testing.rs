@@ -1,16 +1,16 @@
 //! What the tests of attention kernels share: random paged batches, the whole way from plan to output, and the definition.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::attention_combine::AttentionCombine;
-use super::attention_decode::AttentionDecode;
+use super::attention_decode::{AttentionDecode, DecodeRope, Purpose};
 use super::attention_simple::AttentionSimple;
 use super::attention_units::{DecodeOperands, Partials};
 use super::operand::Span;
 use super::testing::*;
 use crate::cuda::device::Device;
 use crate::cuda::memory::{Buffer, Event};
-use crate::cuda::plan::{AttentionPlan, DecodeUnit, PlanParams, RowSplits, Splitting};
+use crate::cuda::plan::{AttentionPlan, DecodeUnit, PlanParams, Splitting};
 use crate::{AttentionParams, DType, KernelError, PagedBatch, SequenceRows};
 
 /// A batch of sequences over a cache whose unused places are NaN, and its plan.
@@ -21,6 +21,7 @@ pub(super) struct Case {
     /// `(num_rows, context_len)` of each sequence.
     pub(super) sequences: Vec<(usize, usize)>,
     pub(super) splitting: Splitting,
+    pub(super) min_split: usize,
     pub(super) padded_rows: Option<usize>,
     /// Whether the plan leaves out what the window hides; the kernel does in any case.
     pub(super) plan_knows_window: bool,
@@ -37,93 +38,88 @@ impl Case {
             block_size,
             sequences: [1, 63, 64, 65, 255, 1000, 5000].map(|context_len| (1, context_len)).to_vec(),
             splitting: Splitting::Balanced,
+            min_split: 256,
             padded_rows: None,
             plan_knows_window: true,
             max_slots: 4096,
         }
     }
 
-    fn what(&self) -> String {
+    pub(super) fn what(&self) -> String {
         let Self { dtype, params: p, block_size, splitting, .. } = self;
         let [h, k, d] = [p.num_heads, p.num_kv_heads, p.head_dim];
         format!("{dtype} {h}/{k} heads of {d}, blocks of {block_size}, window {:?}, {splitting:?}", p.window)
     }
 }
 
-/// Either kernel, and what combines its partial results.
+/// Either kernel.
 pub(super) enum Kernels {
-    Decode(AttentionDecode, AttentionCombine),
-    Simple(AttentionSimple, AttentionCombine),
+    Decode(AttentionDecode),
+    Simple(AttentionSimple),
 }
 
 impl Kernels {
     pub(super) fn decode(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
-        let combine = AttentionCombine::new(device, dtype).unwrap();
-        Self::Decode(AttentionDecode::new(device, dtype, head_dim).unwrap(), combine)
+        Self::decode_for(device, dtype, head_dim, Purpose::Cached).unwrap()
+    }
+
+    /// None if shared memory has no room for it.
+    pub(super) fn decode_for(device: &Arc<Device>, dtype: DType, head_dim: usize, purpose: Purpose) -> Option<Self> {
+        AttentionDecode::new(device, dtype, head_dim, purpose).unwrap().map(Self::Decode)
     }
 
     pub(super) fn simple(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
-        let combine = AttentionCombine::new(device, dtype).unwrap();
-        Self::Simple(AttentionSimple::new(device, dtype, head_dim).unwrap(), combine)
+        Self::Simple(AttentionSimple::new(device, dtype, head_dim).unwrap())
     }
 
-    fn grid(&self) -> usize {
+    pub(super) fn grid(&self) -> usize {
         match self {
-            Self::Decode(kernel, _) => kernel.grid(),
-            Self::Simple(kernel, _) => kernel.grid(),
+            Self::Decode(kernel) => kernel.grid(),
+            Self::Simple(kernel) => kernel.grid(),
         }
     }
 
-    fn run(&self, device: &Device, operands: &DecodeOperands<'_>) -> Result<(), KernelError> {
+    fn run(
+        &self,
+        device: &Device,
+        operands: &DecodeOperands<'_>,
+        rope: Option<&DecodeRope>,
+    ) -> Result<(), KernelError> {
         match self {
-            Self::Decode(kernel, _) => kernel.run(device, operands),
-            Self::Simple(kernel, _) => kernel.run(device, operands),
-        }
-    }
-
-    fn combine(&self) -> &AttentionCombine {
-        match self {
-            Self::Decode(_, combine) | Self::Simple(_, combine) => combine,
+            // SAFETY: buffers outlive the work on them.
+            Self::Decode(kernel) => unsafe { kernel.run(device, operands, rope) },
+            Self::Simple(kernel) => kernel.run(device, operands),
         }
     }
 }
 
 /// A case on the device.
 pub(super) struct Prepared<'a> {
-    case: &'a Case,
-    batch: PagedBatch,
-    plan: AttentionPlan,
-    num_rows: usize,
-    qkv: Values,
-    k: Values,
-    v: Values,
-    out: Buffer,
+    pub(super) case: &'a Case,
+    pub(super) batch: PagedBatch,
+    pub(super) plan: AttentionPlan,
+    pub(super) num_rows: usize,
+    pub(super) qkv: Values,
+    pub(super) k: Values,
+    pub(super) v: Values,
+    pub(super) out: Buffer,
     units: Buffer,
     counts: Buffer,
-    splits: Buffer,
     block_table: Buffer,
-    partials: [Buffer; 2],
+    partials: [Buffer; 3],
 }
 
 impl<'a> Prepared<'a> {
     pub(super) fn new(device: &Arc<Device>, kernels: &Kernels, case: &'a Case, seed: u64) -> Self {
-        let AttentionParams { num_heads, num_kv_heads, head_dim, window, .. } = case.params;
+        let AttentionParams { num_heads, num_kv_heads, head_dim, .. } = case.params;
         let batch = batch(case);
-        let plan_params = PlanParams {
-            grid: kernels.grid(),
-            num_kv_heads,
-            window: window.filter(|_| case.plan_knows_window),
-            splitting: case.splitting,
-            prefill_rows: None,
-            max_slots: case.max_slots,
-        };
-        let mut plan = AttentionPlan::default();
-        plan.make(&batch, &plan_params, case.padded_rows);
+        let plan = plan_of(case, &batch, kernels, case.min_split);
         let num_rows = case.padded_rows.unwrap_or_else(|| case.sequences.iter().map(|sequence| sequence.0).sum());
 
         let qkv = Values::random(device, case.dtype, num_rows * (num_heads + 2 * num_kv_heads) * head_dim, seed);
         let [k, v] = [1, 2].map(|which| Values::of(device, case.dtype, &cache(case, &batch, seed + which)));
-        let counts: Vec<u32> = plan.chunks.iter().map(|chunk| chunk.units.len() as u32).collect();
+        let counts: Vec<u32> = plan.chunks.iter().map(|chunk| chunk.len() as u32).collect();
+        let [partial_out, ml, tickets] = Partials::bytes(case.max_slots, num_heads, head_dim);
         Self {
             num_rows,
             qkv,
@@ -132,47 +128,63 @@ impl<'a> Prepared<'a> {
             out: poisoned(device, num_rows * num_heads * head_dim * case.dtype.size_bytes()),
             units: upload(device, bytemuck::cast_slice(&plan.units)),
             counts: words(device, &counts),
-            splits: upload(device, bytemuck::cast_slice(&plan.splits)),
             block_table: words(device, &batch.block_table),
-            partials: Partials::bytes(case.max_slots, num_heads, head_dim).map(|bytes| poisoned(device, bytes)),
+            partials: [poisoned(device, partial_out), poisoned(device, ml), upload(device, &vec![0; tickets])],
             case,
             batch,
             plan,
         }
     }
 
-    /// All chunks of the plan, each with its combining.
+    /// Makes the plan anew for another kernel.
+    pub(super) fn plan_for(&mut self, device: &Arc<Device>, kernels: &Kernels, min_split: usize) {
+        self.plan = plan_of(self.case, &self.batch, kernels, min_split);
+        let counts: Vec<u32> = self.plan.chunks.iter().map(|chunk| chunk.len() as u32).collect();
+        self.units = upload(device, bytemuck::cast_slice(&self.plan.units));
+        self.counts = words(device, &counts);
+    }
+
+    /// All chunks of the plan.
     pub(super) fn run(&self, device: &Arc<Device>, kernels: &Kernels) -> Result<(), KernelError> {
-        let params = &self.case.params;
-        let [out, ml] = self.partials.each_ref().map(Span::from);
-        let partials = Partials { num_slots: self.case.max_slots, out, ml };
+        let cache = [&self.k.on_device, &self.v.on_device];
+        self.run_on(device, kernels, &self.qkv.on_device, cache, None)
+    }
+
+    /// All chunks of the plan, on other rows and another cache.
+    pub(super) fn run_on(
+        &self,
+        device: &Arc<Device>,
+        kernels: &Kernels,
+        qkv: &Buffer,
+        cache: [&Buffer; 2],
+        rope: Option<&DecodeRope>,
+    ) -> Result<(), KernelError> {
+        let [out, ml, tickets] = self.partials.each_ref().map(Span::from);
         for (i, chunk) in self.plan.chunks.iter().enumerate() {
             let of_unit = size_of::<DecodeUnit>();
             let operands = DecodeOperands {
                 out: (&self.out).into(),
-                qkv: (&self.qkv.on_device).into(),
+                qkv: qkv.into(),
                 num_rows: self.num_rows,
-                k_cache: (&self.k.on_device).into(),
-                v_cache: (&self.v.on_device).into(),
+                k_cache: cache[0].into(),
+                v_cache: cache[1].into(),
                 block_size: self.case.block_size,
-                units: Span::part(&self.units, chunk.units.start * of_unit, chunk.units.len() * of_unit)?,
+                units: Span::part(&self.units, chunk.start * of_unit, chunk.len() * of_unit)?,
                 num_units: Span::part(&self.counts, i * 4, 4)?,
                 block_table: (&self.block_table).into(),
-                partials,
-                params,
+                partials: Partials { num_slots: self.case.max_slots, out, ml, tickets },
+                params: &self.case.params,
             };
-            kernels.run(device, &operands)?;
-            let of_split = size_of::<RowSplits>();
-            let splits = Span::part(&self.splits, chunk.splits.start * of_split, chunk.splits.len() * of_split)?;
-            kernels.combine().run(
-                device,
-                ((&self.out).into(), self.num_rows),
-                &partials,
-                (splits, chunk.splits.len()),
-                [params.num_heads, params.head_dim],
-            )?;
+            kernels.run(device, &operands, rope)?;
         }
         Ok(())
+    }
+
+    /// Whether the next launch finds the tickets as it must.
+    pub(super) fn has_no_tickets(&self) -> bool {
+        let mut bytes = vec![1; self.partials[2].bytes()];
+        self.partials[2].download(0, &mut bytes).unwrap();
+        bytes.iter().all(|&byte| byte == 0)
     }
 
     pub(super) fn output(&self) -> Vec<f32> {
@@ -236,7 +248,30 @@ pub(super) fn check(device: &Arc<Device>, kernels: &Kernels, case: &Case, seed: 
     let prepared = Prepared::new(device, kernels, case, seed);
     prepared.run(device, kernels).unwrap();
     let tolerance = step(case.dtype).max(5e-5);
-    assert_close(&prepared.output(), &prepared.want(), tolerance, tolerance, &case.what());
+    let first = prepared.output();
+    assert_close(&first, &prepared.want(), tolerance, tolerance, &case.what());
+    for _ in 0..2 {
+        assert!(prepared.has_no_tickets(), "{}", case.what());
+        prepared.out.fill(0, prepared.out.bytes(), 0xff).unwrap();
+        prepared.run(device, kernels).unwrap();
+        assert!(prepared.output() == first, "{}: another result the second time", case.what());
+    }
+}
+
+fn plan_of(case: &Case, batch: &PagedBatch, kernels: &Kernels, min_split: usize) -> AttentionPlan {
+    let AttentionParams { num_kv_heads, window, .. } = case.params;
+    let params = PlanParams {
+        grid: kernels.grid(),
+        num_kv_heads,
+        window: window.filter(|_| case.plan_knows_window),
+        splitting: case.splitting,
+        min_split,
+        prefill_rows: None,
+        max_slots: case.max_slots,
+    };
+    let mut plan = AttentionPlan::default();
+    plan.make(batch, &params, case.padded_rows);
+    plan
 }
 
 /// Blocks of all sequences in a random order, with some between them that nobody has.
@@ -286,7 +321,8 @@ pub(super) fn check_shapes(
     heads: &[[usize; 2]],
 ) {
     for (i, &[num_heads, num_kv_heads]) in heads.iter().enumerate() {
-        let case = |block_size| Case::new(dtype, [num_heads, num_kv_heads, head_dim], block_size);
+        let min_split = [64, 256][i % 2];
+        let case = |block_size| Case { min_split, ..Case::new(dtype, [num_heads, num_kv_heads, head_dim], block_size) };
         check(device, kernels, &case([16, 32, 64, 128][i % 4]), 10 + i as u64);
         // 2 and 10 splits do not fit the slots together: two chunks.
         let fixed = Case { splitting: Splitting::ByContext, max_slots: 11, ..case([32, 16, 128, 64][i % 4]) };
@@ -342,8 +378,8 @@ pub(super) fn check_invariance(device: &Arc<Device>, kernels: &Kernels, dtype: D
     assert!(alone == run(&among, 1), "{dtype}, heads of {head_dim}");
 }
 
-/// Prints the time of attention and combining, and the keys and values read in it: the median of 20. Before each, another
-/// batch is attended to, which takes the second-level cache, and keeps the device busy while the host launches.
+/// Prints the time of attention, and the keys and values read in it: the median of 20. Before each, another batch is attended
+/// to, which takes the second-level cache, and keeps the device busy while the host launches.
 pub(super) fn bench(
     device: &Arc<Device>,
     kernels: &Kernels,
@@ -351,22 +387,41 @@ pub(super) fn bench(
     context_len: usize,
     num_rows: usize,
 ) {
-    const FLUSHED: usize = 128 << 20;
-    let case = |num_rows, context_len| Case {
-        sequences: vec![(1, context_len); num_rows],
-        max_slots: 2048,
-        ..Case::new(DType::BF16, heads, 64)
-    };
-    let other = case(FLUSHED.div_ceil(4096 * num_kv_heads * head_dim * 4), 4096);
-    let other = Prepared::new(device, kernels, &other, 100);
-    let case = case(num_rows, context_len);
+    let case = Case::decodes(heads, context_len, num_rows);
     let timed = Prepared::new(device, kernels, &case, 200);
+    let time = time_after_others(device, heads, || timed.run(device, kernels));
+    let speed = timed.bytes_read() as f64 / time.as_secs_f64() / 1e9;
+    println!(
+        "attention_decode/bf16/{num_heads}/{num_kv_heads}x{head_dim} context {context_len} rows {num_rows}   \
+         {:8.1} us   {speed:6.0} GB/s   {} units",
+        time.as_secs_f64() * 1e6,
+        timed.plan.units.len(),
+    );
+}
+
+impl Case {
+    /// Rows of one context, to be timed.
+    pub(super) fn decodes(heads: [usize; 3], context_len: usize, num_rows: usize) -> Self {
+        Self { sequences: vec![(1, context_len); num_rows], max_slots: 2048, ..Self::new(DType::BF16, heads, 64) }
+    }
+}
+
+/// The median time of 20 runs, each after the attention of another batch, which takes the second-level cache.
+pub(super) fn time_after_others(
+    device: &Arc<Device>,
+    heads @ [_, num_kv_heads, head_dim]: [usize; 3],
+    mut run: impl FnMut() -> Result<(), KernelError>,
+) -> Duration {
+    const FLUSHED: usize = 128 << 20;
+    let other = Case::decodes(heads, 4096, FLUSHED.div_ceil(4096 * num_kv_heads * head_dim * 4));
+    let kernels = Kernels::decode(device, DType::BF16, head_dim);
+    let other = Prepared::new(device, &kernels, &other, 100);
     let [start, end] = [0; 2].map(|_| Event::timed(device).unwrap());
     let mut times: Vec<_> = (0..23)
         .map(|_| {
-            other.run(device, kernels).unwrap();
+            other.run(device, &kernels).unwrap();
             start.record().unwrap();
-            timed.run(device, kernels).unwrap();
+            run().unwrap();
             end.record().unwrap();
             end.wait().unwrap();
             end.since(&start).unwrap()
@@ -374,12 +429,5 @@ pub(super) fn bench(
         .skip(3)
         .collect();
     times.sort_unstable();
-    let time = times[times.len() / 2];
-    let speed = timed.bytes_read() as f64 / time.as_secs_f64() / 1e9;
-    let [units, splits] = [timed.plan.units.len(), timed.plan.splits.len()];
-    println!(
-        "attention_decode/bf16/{num_heads}/{num_kv_heads}x{head_dim} context {context_len} rows {num_rows}   \
-         {:8.1} us   {speed:6.0} GB/s   {units} units, {splits} rows split",
-        time.as_secs_f64() * 1e6,
-    );
+    times[times.len() / 2]
 }

@@ -42,19 +42,23 @@ pub(crate) struct Partials<'a> {
     pub(crate) out: Span<'a>,
     /// `[num_slots, H, 2]` `f32`: largest score and sum of weights.
     pub(crate) ml: Span<'a>,
+    /// `[num_slots, H]` `u32`: how many parts of a row are there. Zeros, which every launch leaves behind.
+    pub(crate) tickets: Span<'a>,
 }
 
 impl Partials<'_> {
-    /// Bytes of `out` and `ml`.
-    pub(crate) const fn bytes(num_slots: usize, num_heads: usize, head_dim: usize) -> [usize; 2] {
-        [num_slots * num_heads * head_dim * 4, num_slots * num_heads * 2 * 4]
+    /// Bytes of `out`, `ml` and `tickets`.
+    pub(crate) const fn bytes(num_slots: usize, num_heads: usize, head_dim: usize) -> [usize; 3] {
+        let heads = num_slots * num_heads;
+        [heads * head_dim * 4, heads * 2 * 4, heads * 4]
     }
 
-    /// The addresses of `out` and `ml`.
-    pub(super) fn checked(&self, op: &'static str, num_heads: usize, head_dim: usize) -> Result<[u64; 2], KernelError> {
+    /// The addresses of `out`, `ml` and `tickets`.
+    fn checked(&self, op: &'static str, num_heads: usize, head_dim: usize) -> Result<[u64; 3], KernelError> {
         Ok([
             self.out.holding(op, "values of the partial results", self.num_slots * num_heads * head_dim, 4)?,
             self.ml.holding(op, "weights of the partial results", self.num_slots * num_heads * 2, 4)?,
+            self.tickets.holding(op, "tickets of the partial results", self.num_slots * num_heads, 4)?,
         ])
     }
 }
@@ -72,6 +76,7 @@ pub(super) struct DecodeParams {
     block_table: u64,
     partial_out: u64,
     partial_ml: u64,
+    tickets: u64,
     num_heads: u32,
     num_kv_heads: u32,
     head_dim: u32,
@@ -100,7 +105,7 @@ impl DecodeOperands<'_> {
         }
         let block_bytes = num_kv_heads * self.block_size * head_dim * size;
         let num_blocks = self.k_cache.bytes() / block_bytes;
-        let [partial_out, partial_ml] = self.partials.checked(op, num_heads, head_dim)?;
+        let [partial_out, partial_ml, tickets] = self.partials.checked(op, num_heads, head_dim)?;
         Ok(DecodeParams {
             out: self.out.holding(op, "values of the output", self.num_rows * num_heads * head_dim, size)?,
             qkv: self.qkv.holding(
@@ -116,6 +121,7 @@ impl DecodeOperands<'_> {
             block_table: self.block_table.holding(op, "block table", 0, 4)?,
             partial_out,
             partial_ml,
+            tickets,
             num_heads: count_u32(op, "query heads", num_heads)?,
             num_kv_heads: count_u32(op, "kv heads", num_kv_heads)?,
             head_dim: count_u32(op, "head size", head_dim)?,

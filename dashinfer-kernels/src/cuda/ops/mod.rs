@@ -1,7 +1,6 @@
 //! One launcher for each kernel: it checks shapes, and is the only place that launches it.
 
 pub(crate) mod attention;
-pub(crate) mod attention_combine;
 pub(crate) mod attention_decode;
 pub(crate) mod attention_prefill_sm80;
 pub(crate) mod attention_prefill_sm90;
@@ -16,6 +15,8 @@ pub(crate) mod rope;
 pub(crate) mod sample;
 pub(crate) mod silu_mul;
 
+#[cfg(test)]
+mod attention_fused_testing;
 #[cfg(test)]
 mod attention_testing;
 #[cfg(test)]

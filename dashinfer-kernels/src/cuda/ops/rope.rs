@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::attention_decode::DecodeRope;
 use super::operand::{Span, count_u32, typed_kernel};
 use crate::cuda::device::Device;
 use crate::cuda::kernel::{Args, Kernel, Launch};
@@ -65,6 +66,34 @@ pub(crate) struct RopeSizes {
     pub(crate) rotated: usize,
 }
 
+/// A launch whose operands are checked. They must be there until it is done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PreparedRope {
+    params: RopeParams,
+    launch: Launch,
+}
+
+impl PreparedRope {
+    /// What attention needs to do it on its way, if it can: `None` for sizes that are not whole vectors.
+    pub(crate) fn within_decode(&self) -> Option<DecodeRope> {
+        let params = &self.params;
+        if !params.head_dim.is_multiple_of(8) || !params.rotated.is_multiple_of(8) {
+            return None;
+        }
+        Some(DecodeRope {
+            k_cache: params.k_cache,
+            v_cache: params.v_cache,
+            inv_freq: params.inv_freq,
+            q_norm: params.q_norm,
+            k_norm: params.k_norm,
+            rope_scale: params.rope_scale,
+            norm_eps: params.norm_eps,
+            rotated: params.rotated,
+            interleaved: params.interleaved,
+        })
+    }
+}
+
 /// `rope_and_cache`, see `rope.cu`.
 #[derive(Debug)]
 pub(crate) struct RopeAndCache {
@@ -100,12 +129,23 @@ impl RopeAndCache {
     ///
     /// # Errors
     /// [`KernelError::Shape`] if an operand is too small or the rotation larger than a head.
+    #[cfg(test)]
     pub(crate) fn run(
         &self,
         device: &Device,
         operands: &RopeOperands<'_>,
         sizes: &RopeSizes,
     ) -> Result<(), KernelError> {
+        let prepared = self.prepare(operands, sizes)?;
+        // SAFETY: the operands are borrowed during the call, and buffers outlive the work on them.
+        unsafe { self.launch(device, &prepared) }
+    }
+
+    /// Checks the operands of a launch that rotates the heads of q and k in place, and stores k and v in the cache.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if an operand is too small or the rotation larger than a head.
+    pub(crate) fn prepare(&self, operands: &RopeOperands<'_>, sizes: &RopeSizes) -> Result<PreparedRope, KernelError> {
         const OP: &str = "rope_and_cache";
         let size = self.dtype.size_bytes();
         let RopeSizes { num_rows, num_heads, num_kv_heads, head_dim, block_size, rotated } = *sizes;
@@ -144,8 +184,17 @@ impl RopeAndCache {
         };
         let (block, parts) = Self::threads(sizes);
         let launch = Launch { grid: [num_rows as u32, parts, 1], block, shared: 0 };
-        // SAFETY: this is the kernel's parameter; sizes were checked above, slots by who made the step.
-        unsafe { self.kernel.launch(device, launch, &mut Args::new().value(&params)) }
+        Ok(PreparedRope { params, launch })
+    }
+
+    /// Puts a launch into the stream.
+    ///
+    /// # Safety
+    /// Its operands are still there.
+    pub(crate) unsafe fn launch(&self, device: &Device, prepared: &PreparedRope) -> Result<(), KernelError> {
+        // SAFETY: this is the kernel's parameter; sizes were checked when it was made, slots by who made the step, and the caller
+        // sees to the rest.
+        unsafe { self.kernel.launch(device, prepared.launch, &mut Args::new().value(&prepared.params)) }
     }
 }
 
