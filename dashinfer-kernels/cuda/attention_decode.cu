@@ -468,7 +468,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, BLOCKS) KERNEL(atte
             }
         }
         const u32 first_head = kv_head * group;
-        if (unit.num_splits > 1 && is_last_part(p, unit, first_head)) merge_parts<4>(p, unit, first_head, group, D);
+        if (unit.num_splits > 1 && is_last_part(p, unit, first_head)) merge_parts<4, 8>(p, unit, first_head, group, D);
         __syncthreads(); // before the rings and of_warp are written again
     }
 #endif

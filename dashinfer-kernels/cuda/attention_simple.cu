@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_si
                 if (pair == 0) store_pair(p.partial_ml + to * 2, top, sum);
             }
         }
-        if (unit.num_splits > 1 && is_last_part(p, unit, first_head)) merge_parts<2>(p, unit, first_head, num_heads, dim);
+        if (unit.num_splits > 1 && is_last_part(p, unit, first_head)) merge_parts<2, 4>(p, unit, first_head, num_heads, dim);
         __syncthreads(); // before `parts` is written again
     }
 }

@@ -100,12 +100,11 @@ __device__ __forceinline__ bool is_last_part(const DecodeParams& p, const Decode
     return is_last != 0;
 }
 
-// The block merges the parts of `num_heads` heads, N values of one to a thread, and writes the row's output. Eight parts are
-// on their way at a time: what it takes is latency, 4 * D bytes a head and part, which lie in L2.
-template <int N>
+// The block merges the parts of `num_heads` heads, N values of one to a thread, and writes the row's output. AT_ONCE parts
+// are on their way at a time: what it takes is latency, 4 * D bytes a head and part, which lie in L2.
+template <int N, u32 AT_ONCE>
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const DecodeUnit& unit, u32 first_head, u32 num_heads,
                                             u32 dim) {
-    constexpr u32 AT_ONCE = 8;
     const u32 per_head = dim / N;
     const u64 first = u64(unit.slot - unit.split) * p.num_heads + first_head;
     for (u32 i = threadIdx.x; i < num_heads * per_head; i += blockDim.x) {
