@@ -2,8 +2,20 @@
 //
 // argmax   rows that are greedy and nothing else. Several blocks per row; each gives its best to an atomic maximum, the last
 //          to arrive writes the id. Limit: memory, 4·V bytes per row.
-// sample   all other rows, one block of 512 threads each: log-probabilities, edits, argmax, top-k, top-p, min-p, draw.
-//          Limit: one block reads its row two to four times, 4·V bytes each, of which the first comes from memory.
+//
+// All other rows are jobs, and a row whose log-probabilities are wanted is two: one for those and one for the token. Several
+// blocks share a job; the last of them to arrive decides, the next kernel goes on from there (`State`).
+//
+// fetch    the parameters, from the host's memory
+// prepare  copies of rows, masks                    only if there are any
+// edit     bias, penalties, bans                    only if there are any; one block per row
+// maxima   the row's largest logit, and that of every 16. Last: a bound that enough logits reach for top-k; greedy: the id
+// weigh    weights relative to the largest: their mass in every 512, for top-p by size too; with top-k instead a list of the
+//          logits that reach the bound. Last: for top-p the bin of its threshold, else the token
+// narrow   top-p alone: the mass of what is above the bin in every 512, and a list of what is in it. Last: the token
+//
+// Limit: memory, 4·V bytes per row and pass. Top-k and `narrow` pass over what the maxima rule out. A list that is too short
+// for what it should hold (thousands of ties) leaves its job to the one last block, with passes over all of the row.
 //
 // Masses are integers: a weight w <= 1 counts floor(w · 2^44). Integer sums do not depend on their order, so the result is
 // the same however the row is split, and atomics are allowed. Every choice is a search for one threshold: the largest key t
@@ -12,28 +24,37 @@
 //   top-k  keys are logits, each entry counts 1, wanted = k           ties with the last one kept are kept
 //   top-p  keys are weights, entries count their mass, wanted = p · total
 //   draw   keys fall as ids rise, entries count their mass, wanted = floor(u · total) + 1
-//
-// The searches look at a list of likely tokens in shared memory: those at least as large as the n-th largest of the 512
-// maxima of the threads, so n at least. Where the list proves too short or too long, they look at the row (`search_row`).
 #include "common.cuh"
 
-constexpr u32 THREADS = 512, WARPS = THREADS / 32; // with 1024, each has too few registers
-constexpr u32 MAX_LISTED = 2048, PER_THREAD = MAX_LISTED / THREADS;
+constexpr u32 THREADS = 256, WARPS = THREADS / 32;
+constexpr u32 EDIT_THREADS = 1024; // most of `edit` is waiting for memory
+// A warp reads runs of 512 values, a lane 16 of each: the quads lane, lane + 32, ..
+constexpr u32 QUADS = 4, PER_LANE = 4 * QUADS, RUN_QUADS = 32 * QUADS, RUN = 4 * RUN_QUADS;
+constexpr u32 MAX_RUNS = 2048; // of the largest vocabulary, 2^20 - 1
+constexpr u32 MAX_LISTED = 4096;
 constexpr u32 MAX_TOP = 64;
-// How many thread maxima bound the list for top-p: if values are spread evenly, it gets some 1100 tokens.
-constexpr u32 NUCLEUS_RANK = 448;
-constexpr u32 NUM_BINS = 2048;
+// Bins of weights by size: 1, then 32 for each power of two down to 2^-32. What is smaller has none.
+constexpr u32 NUM_BINS = 1024, BIN_BITS = 18, FIRST_BIN = 0x3f800000u >> BIN_BITS;
+constexpr u32 NUM_FINE_BINS = 2048; // of `search`
+// Blocks of a pass that a multiprocessor has at least: 64 registers for a thread, or what it takes to spill none.
+#if __CUDA_ARCH__ >= 900
+constexpr u32 PASS_BLOCKS = 4;
+#elif __CUDA_ARCH__ >= 750
+constexpr u32 PASS_BLOCKS = 3;
+#else
+constexpr u32 PASS_BLOCKS = 2;
+#endif
+constexpr u32 MAX_TABLE = 4096;     // entries of a table in shared memory
 constexpr float MAX_FLOAT = 3.402823466e38f;
 constexpr u32 NONE = 0xffffffffu;
 
-// One row; mirrored by `RowParams` in src/cuda/ops/sample.rs. `x_first` counts words of `lists`.
-struct Row {
+// What is to be done with one row; mirrored by `Job` in src/cuda/ops/sample/plan.rs. `x_first` counts words of `lists`.
+struct Job {
     double u;     // in 0..1, picks the token
     double top_p; // 1 and more: off
     u32 logits_row, index;
     u32 flags;
-    u32 top_k;    // 0: off
-    u32 num_top;  // at most MAX_TOP
+    u32 rank; // how many of the largest are wanted: top-k, or the log-probabilities; 0: off
     float inverse_temperature;
     float lowest_weight; // of min-p, at least the smallest normal number
     float repetition, frequency, presence;
@@ -44,9 +65,57 @@ struct Row {
     u32 mask_first, num_mask; // words
     u32 table_first, table_size; // words of `tables`, twice `table_size`; a power of two
     u32 copy; // the row of `copies` to edit; NONE: the logits themselves
-    u32 pad[2];
+    u32 pad;
 };
-enum : u32 { GREEDY = 1, EDITED = 2, REPETITION = 4, OUTPUT_PENALTIES = 8, MASK = 16, LOGPROBS = 32 };
+enum : u32 {
+    GREEDY = 1,
+    EDITED = 2, // has work for `edit`
+    REPETITION = 4,
+    OUTPUT_PENALTIES = 8,
+    MASK = 16,
+    LOGPROBS = 32, // is for the log-probabilities, and picks no token
+    NUCLEUS = 64,  // top-p without top-k
+    LISTED = 128,  // `rank` is not 0
+};
+
+// What the kernels tell each other about a job.
+struct State {
+    u64 best;          // the entry of its largest logit (the id only for greedy ones), 0: none; or the token is picked
+    u64 above, wanted; // NUCLEUS: the mass of larger bins, and what is to be reached
+    u32 bin;
+    u32 bound;         // LISTED: as many logits as are wanted reach this key
+    u32 num_listed;
+    u32 pad;
+};
+
+// Mirrored by `Call` in src/cuda/ops/sample.rs. [J]: one for each job.
+struct Call {
+    float* logits;
+    u64 stride;
+    float* copies;
+    u64 copy_stride;
+    const Job* jobs;
+    const u32* lists;
+    const u32* carried_ids;
+    u32* tables;
+    u64* best;     // [J], all 0, and 0 again afterwards
+    u32* arrived;  // [J], likewise
+    State* states; // [J]
+    u32* maxima;   // [J, num_runs, 32] keys
+    u64* masses;   // [J, num_runs]
+    u64* bins;     // [J, NUM_BINS]
+    uint2* listed; // [J, MAX_LISTED]: id, and bits of the logit or, in `narrow`, of the weight
+    u32* ids;      // for the next step
+    // What the host gets, in its memory.
+    u64* totals; // LOGPROBS: the mass at temperature 1
+    u32* host_ids;
+    float* picked; // the picked token's logit, before edits if LOGPROBS is wanted
+    float* largest;
+    u32* num_top;
+    u32* top_ids; // [R, MAX_TOP]
+    float* top_logits;
+    u32 vocab, num_runs;
+};
 
 // --- keys and weights --------------------------------------------------------------------------------------------------
 
@@ -86,10 +155,6 @@ struct Softmax {
         return __fmul_rn(__fsub_rn(x, max), inverse_temperature);
     }
     __device__ __forceinline__ float weight(float x) const { return exp_of(exponent(x)); }
-    __device__ __forceinline__ float logprob(float x, double log_sum) const {
-        const double y = double(exponent(x)) - log_sum;
-        return y == y ? float(y) : -INF;
-    }
 };
 // `best`: the key of the largest logit.
 __device__ __forceinline__ Softmax softmax_of(u32 best, float inverse_temperature) {
@@ -98,10 +163,24 @@ __device__ __forceinline__ Softmax softmax_of(u32 best, float inverse_temperatur
 }
 
 // floor(w · 2^44) for a weight in 0..=1: the mantissa of 24 bits, shifted.
-constexpr double MASS_UNIT = 1.0 / (1ull << 44);
 __device__ __forceinline__ u64 mass_of(float w) {
     const u32 bits = __float_as_uint(w), shift = 127u - (bits >> 23);
     return (u64((bits & 0x7fffffu) | 0x800000u) << 21) >> (shift < 63u ? shift : 63u);
+}
+
+// Which logits are kept: by key (top-k) and by weight (top-p, min-p).
+struct Kept {
+    Softmax softmax;
+    u32 last_key;
+    float lowest;
+    __device__ __forceinline__ u64 mass(float x) const {
+        const float w = softmax.weight(x);
+        return key_of(x) >= last_key && w >= lowest ? mass_of(w) : 0;
+    }
+};
+__device__ __forceinline__ u64 wanted_of(double top_p, u64 total) {
+    const double wanted = ceil(top_p * double(total));
+    return wanted >= 1.0 ? min(u64(wanted), total) : 1;
 }
 
 // --- rows --------------------------------------------------------------------------------------------------------------
@@ -135,40 +214,87 @@ __device__ __forceinline__ void each_of(const Values& values, u32 start, u32 las
     }
 }
 
-// Each warp has a run of quads, so that the run that holds a token can be found from the masses of the warps.
-__device__ __forceinline__ void run_of(const Values& values, u32 warp, u32& first, u32& last) {
-    const u32 quads = values.num_quads(), per_warp = (quads + WARPS - 1) / WARPS;
-    first = min(warp * per_warp, quads);
-    last = min(first + per_warp, quads);
+// The values of a lane in a run.
+struct Lane {
+    Vec<float, 4> quads[QUADS];
+};
+__device__ __forceinline__ u32 id_at(u32 run, u32 i) { return 4 * (run * RUN_QUADS + threadIdx.x % 32 + 32 * (i / 4)) + i % 4; }
+__device__ __forceinline__ Lane load_run(const Values& values, u32 run) {
+    Lane x;
+    const u32 first = run * RUN_QUADS + threadIdx.x % 32;
+    if (values.aligned && (run + 1) * RUN <= values.num) {
+#pragma unroll
+        for (u32 j = 0; j < QUADS; j++) x.quads[j] = load<4>(values.from + 4 * (first + 32 * j));
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < PER_LANE; i++) x.quads[i / 4].at[i % 4] = values.at(id_at(run, i));
+    }
+    return x;
 }
+// Calls f(i, x) for the 16 values, in code for N: a row alone is over so soon that fetching the code is a part of its time.
+template <u32 N, typename F>
+__device__ __forceinline__ void each_value(Lane x, F f) {
+#pragma unroll 1
+    for (u32 first = 0; first < PER_LANE; first += N) {
+#pragma unroll
+        for (u32 i = 0; i < N; i++) f(first + i, x.quads[i / 4].at[i % 4]);
+#pragma unroll
+        for (u32 i = N; i < PER_LANE; i++) x.quads[(i - N) / 4].at[(i - N) % 4] = x.quads[i / 4].at[i % 4];
+    }
+}
+
+// Calls f(run) for each run of this warp, of those that the blocks of a job share; all lanes do.
 template <typename F>
-__device__ __forceinline__ void each(const Values& values, F f) {
-    u32 first, last;
-    run_of(values, threadIdx.x / 32, first, last);
-    each_of(values, first + threadIdx.x % 32, last, 32, f);
+__device__ __forceinline__ void each_run(u32 num_runs, F f) {
+#pragma unroll 1
+    for (u32 run = blockIdx.x * WARPS + threadIdx.x / 32; run < num_runs; run += gridDim.x * WARPS) f(run);
 }
+
+// What `search` goes through. f(id, x) comes for all values, from all threads of one block.
+struct WholeRow {
+    Values values;
+    template <typename F>
+    __device__ __forceinline__ void each(F f) const {
+        const u32 num_runs = (values.num + RUN - 1) / RUN;
+#pragma unroll 1
+        for (u32 run = threadIdx.x / 32; run < num_runs; run += WARPS) {
+            each_value<1>(load_run(values, run), [&](u32 i, float x) { f(id_at(run, i), x); });
+        }
+    }
+};
+struct List {
+    const uint2* from;
+    u32 num;
+    template <typename F>
+    __device__ __forceinline__ void each(F f) const {
+        for (u32 i = threadIdx.x; i < num; i += THREADS) f(from[i].x, __uint_as_float(from[i].y));
+    }
+};
 
 // --- the block ---------------------------------------------------------------------------------------------------------
 
 struct Shared {
-    // A list of likely tokens or, where none is used, the bins of `search_row`.
     union {
+        // Sums of mantissas, of 24 bits: the lower 12 and the upper 12, since atomics of 64 bits are slow here.
         struct {
-            u32 ids[MAX_LISTED];
-            float logits[MAX_LISTED];
-        } list;
-        u64 bins[NUM_BINS];
+            u32 low[NUM_BINS], high[NUM_BINS];
+        } bins;
+        u64 fine_bins[NUM_FINE_BINS];
+        // A short list, one entry for each thread.
+        struct {
+            u64 masses[THREADS];
+            u32 keys[THREADS], ids[THREADS];
+        } few;
     };
     u64 of_warp[WARPS];
-    u32 num_listed;
-    u32 top_ids[MAX_TOP];
-    float top_logits[MAX_TOP];
-    u32 num_top;
-    u32 found;
-    u64 above;
-    Softmax model; // the row's as it came, at temperature 1
-    double log_sum;
+    u64 before;
+    u32 found, num_found;
+    u32 is_last;
 };
+__device__ __forceinline__ Shared& shared_memory() {
+    __shared__ Shared shared;
+    return shared;
+}
 
 __device__ __forceinline__ u64 warp_sum(u64 x) {
 #pragma unroll
@@ -184,13 +310,21 @@ __device__ __forceinline__ u64 warp_best(u64 x) {
     return x;
 }
 
-// Of the  All threads call these functions, and those below.
-__device__ __forceinline__ Shared& shared_memory() {
-    __shared__ Shared shared;
-    return shared;
-}
+// All threads of a block call the functions below.
 
-    __device__ __forceinline__ u64 sum(u64 x) {
+// Whether all other blocks of the job were here before; what they wrote can be read then.
+__device__ __forceinline__ bool is_last(u32* arrived) {
+    Shared& shared = shared_memory();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence(); // what the block wrote comes before, what it reads from here on after
+        shared.is_last = atomicInc(arrived, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return shared.is_last;
+}
+__device__ __forceinline__ u64 sum(u64 x) {
     Shared& shared = shared_memory();
     x = warp_sum(x);
     __syncthreads(); // of an earlier use
@@ -198,16 +332,8 @@ __device__ __forceinline__ Shared& shared_memory() {
     __syncthreads();
     return warp_sum(threadIdx.x % 32 < WARPS ? shared.of_warp[threadIdx.x % 32] : 0);
 }
-__device__ __forceinline__ u64 best(u64 x) {
-    Shared& shared = shared_memory();
-    x = warp_best(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared.of_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    return warp_best(threadIdx.x % 32 < WARPS ? shared.of_warp[threadIdx.x % 32] : 0);
-}
-// The sum over this thread and those before it; `total`: over all.
-__device__ __forceinline__ u64 scan(u64 x, u64& total) {
+// The sum over this thread and those before it.
+__device__ __forceinline__ u64 scan(u64 x) {
     Shared& shared = shared_memory();
     const u32 lane = threadIdx.x % 32;
 #pragma unroll
@@ -218,60 +344,82 @@ __device__ __forceinline__ u64 scan(u64 x, u64& total) {
     __syncthreads();
     if (lane == 31) shared.of_warp[threadIdx.x / 32] = x;
     __syncthreads();
-    const u64 mass = lane < WARPS ? shared.of_warp[lane] : 0;
-    total = warp_sum(mass);
-    return x + warp_sum(lane < threadIdx.x / 32 ? mass : 0);
+    return x + warp_sum(lane < threadIdx.x / 32 ? shared.of_warp[lane] : 0);
 }
 
-// The n-th largest of the threads' keys.
-__device__ __forceinline__ u32 nth_largest(u32 key, u32 n) {
-    u32 t = 0;
-#pragma unroll 1
-    for (int bit = 31; bit >= 0; bit--) {
-        const u32 next = t | 1u << bit;
-        if (u32(__syncthreads_count(key >= next)) >= n) t = next;
-    }
-    return t;
-}
-// The largest t for which the entries with keys >= t have a mass of at least `wanted` (at least 1); 0 if there is none.
-// Keys are below 2^bits.
-__device__ __forceinline__ u32 search(const u32 (&keys)[PER_THREAD], const u64 (&masses)[PER_THREAD], u64 wanted, int bits) {
-    u32 t = 0;
-#pragma unroll 1
-    for (int bit = bits - 1; bit >= 0; bit--) {
-        const u32 next = t | 1u << bit;
-        u64 mass = 0;
+// Each thread has N masses, mass_at(0), .., which follow those of the thread before it. The place at which their running sum
+// reaches `wanted` (at least 1), and the sum in front of it; NONE if it does not.
+template <u32 N, typename F>
+__device__ __forceinline__ u32 find(u64 wanted, u64& before, F mass_at) {
+    Shared& shared = shared_memory();
+    u64 mine = 0;
 #pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) mass += keys[i] >= next ? masses[i] : 0;
-        if (sum(mass) >= wanted) t = next;
+    for (u32 i = 0; i < N; i++) mine += mass_at(i);
+    if (threadIdx.x == 0) shared.found = NONE;
+    const u64 until = scan(mine);
+    u64 sum = until - mine;
+    if (sum < wanted && until >= wanted) {
+        u32 i = 0;
+#pragma unroll 1
+        for (u64 next; (next = sum + mass_at(i)) < wanted; i++) sum = next;
+        shared.found = threadIdx.x * N + i;
+        shared.before = sum;
     }
-    return t;
+    __syncthreads();
+    const u32 found = shared.found;
+    before = shared.before;
+    __syncthreads();
+    return found;
 }
 
-// What `search_row` looks for: keys and masses as at the head of this file.
+__device__ __forceinline__ void clear_bins() {
+    Shared& shared = shared_memory();
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < NUM_BINS; i += THREADS) shared.bins.low[i] = shared.bins.high[i] = 0;
+    __syncthreads();
+}
+// `mantissas`: below 2^32.
+__device__ __forceinline__ void add_to_bin(u32 bin, u32 mantissas) {
+    Shared& shared = shared_memory();
+    atomicAdd(&shared.bins.low[bin], mantissas & 0xfffu);
+    atomicAdd(&shared.bins.high[bin], mantissas >> 12);
+}
+// The mantissa of a weight, without the bits that its mass lacks; `shift`: as in `mass_of`.
+__device__ __forceinline__ u32 mantissa_of(u32 bits, u32 shift) {
+    return ((bits & 0x7fffffu) | 0x800000u) & NONE << (shift > 21 ? shift - 21 : 0);
+}
+// The mass of a bin, whose weights have one exponent.
+__device__ __forceinline__ u64 bin_mass(u32 bin, u32 shift) {
+    const Shared& shared = shared_memory();
+    const u64 mantissas = (u64(shared.bins.high[bin]) << 12) + shared.bins.low[bin];
+    return shift <= 21 ? mantissas << (21 - shift) : mantissas >> (shift - 21);
+}
+__device__ __forceinline__ u32 shift_of_bin(u32 bin) { return (bin + 31) / 32; }
+
+// What `search` looks for: keys and masses as at the head of this file.
 struct Entries {
-    enum : u32 { LOGITS, WEIGHTS, TIES } by;
-    u32 last_key;    // WEIGHTS: of logits with smaller keys it is 0; TIES: the key that they share
-    Softmax softmax; // WEIGHTS
-    u32 max_id;      // TIES: keys are max_id - id
+    enum : u32 { LOGITS, WEIGHTS, TIES, IDS } by;
+    Kept kept;  // WEIGHTS: with logits whose keys are too small it has no mass; TIES: `last_key` is the key that they share
+    u32 max_id; // TIES, IDS: keys are max_id - id
     __device__ __forceinline__ u64 at(u32 id, float x, u32& key) const {
         const u32 of_logit = key_of(x);
         if (by == LOGITS) {
             key = of_logit;
             return key != 0;
         }
-        if (by == TIES) {
-            key = max_id - id;
-            return of_logit == last_key;
+        if (by == WEIGHTS) {
+            key = __float_as_uint(kept.softmax.weight(x));
+            return of_logit >= kept.last_key ? mass_of(__uint_as_float(key)) : 0;
         }
-        const float w = of_logit >= last_key ? softmax.weight(x) : 0.f;
-        key = __float_as_uint(w);
-        return mass_of(w);
+        key = max_id - id;
+        return by == TIES ? of_logit == kept.last_key : kept.mass(x);
     }
 };
 
-// `search` over a row, three passes. Overwrites the list.
-__device__ __noinline__ u32 search_row(const Values values, u64 wanted, const Entries entries) {
+// The largest t for which the entries with keys >= t have a mass of at least `wanted` (at least 1); 0 if there is none.
+// Three passes.
+template <typename From>
+__device__ __noinline__ u32 search(const From from, u64 wanted, const Entries entries) {
     Shared& shared = shared_memory();
     u32 prefix = 0;
     u64 above = 0; // the mass of larger prefixes
@@ -279,123 +427,116 @@ __device__ __noinline__ u32 search_row(const Values values, u64 wanted, const En
     for (int level = 0; level < 3; level++) {
         const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, width = level == 2 ? 10 : 11;
         __syncthreads();
-        for (u32 i = threadIdx.x; i < NUM_BINS; i += THREADS) shared.bins[i] = 0;
-        if (threadIdx.x == 0) shared.found = NONE;
+        for (u32 i = threadIdx.x; i < NUM_FINE_BINS; i += THREADS) shared.fine_bins[i] = 0;
         __syncthreads();
         // A thread adds what falls into one bin in succession at once: often all values share a few bins.
         u32 bin = NONE;
         u64 pending = 0;
-        each(values, [&](u32 id, float x) {
+        from.each([&](u32 id, float x) {
             u32 key = 0;
             const u64 mass = entries.at(id, x, key);
             if (mass == 0 || (level > 0 && key >> (shift + width) != prefix)) return;
             const u32 into = key >> shift & ((1u << width) - 1);
             if (into != bin) {
-                if (pending != 0) atomicAdd(&shared.bins[bin], pending);
+                if (pending != 0) atomicAdd(&shared.fine_bins[bin], pending);
                 bin = into;
                 pending = 0;
             }
             pending += mass;
         });
-        if (pending != 0) atomicAdd(&shared.bins[bin], pending);
+        if (pending != 0) atomicAdd(&shared.fine_bins[bin], pending);
         __syncthreads();
-        // From the largest bin down, some for each thread.
-        constexpr u32 PER = NUM_BINS / THREADS;
-        const u32 largest = NUM_BINS - 1 - PER * threadIdx.x;
-        u64 mass = 0, total;
-        for (u32 i = 0; i < PER; i++) mass += shared.bins[largest - i];
-        const u64 until = above + scan(mass, total);
-        u64 before = until - mass;
-        if (before < wanted && until >= wanted) {
-            u32 at = largest;
-            while (before + shared.bins[at] < wanted) before += shared.bins[at--];
-            shared.found = at;
-            shared.above = before;
-        }
-        __syncthreads();
-        if (shared.found == NONE) return 0;
-        prefix = prefix << width | shared.found;
-        above = shared.above;
+        // From the largest bin down.
+        constexpr u32 N = NUM_FINE_BINS / THREADS;
+        u64 before;
+        const u32 found = find<N>(wanted - above, before,
+                                  [&](u32 i) { return shared.fine_bins[NUM_FINE_BINS - 1 - threadIdx.x * N - i]; });
+        if (found == NONE) return 0;
+        prefix = prefix << width | (NUM_FINE_BINS - 1 - found);
+        above += before;
     }
     return prefix;
 }
 
-// The entry of the thread's largest value, the lowest id of a tie; 0 if it has none.
-__device__ __noinline__ u64 largest_of(const Values values) {
-    u32 most = 0, at = 0;
-    each(values, [&](u32 id, float x) {
-        const u32 key = key_of(x);
-        if (key > most) {
-            most = key;
-            at = id;
-        }
-    });
-    return entry_of(most, at);
+// --- before the passes -------------------------------------------------------------------------------------------------
+
+// The parameters are read from the host's memory while earlier kernels run. `num`: of 16 bytes.
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(fetch)(uint4* to, const uint4* from, u32 num) {
+    let_next_start();
+    const u32 i = blockIdx.x * THREADS + threadIdx.x;
+    uint4 x = {};
+    if (i < num) x = __ldcv(from + i);
+    wait_for_inputs();
+    if (i < num) to[i] = x;
 }
 
-__device__ __forceinline__ void clear_list() {
-    Shared& shared = shared_memory();
-    __syncthreads();
-    if (threadIdx.x == 0) shared.num_listed = 0;
-    __syncthreads();
+__device__ __forceinline__ float* raw_of(const Call& call, const Job& job) { return call.logits + job.logits_row * call.stride; }
+__device__ __forceinline__ float* row_of(const Call& call, const Job& job) {
+    return job.copy == NONE ? raw_of(call, job) : call.copies + job.copy * call.copy_stride;
 }
-__device__ __forceinline__ void list(u32 id, float x) {
-    Shared& shared = shared_memory();
-    const u32 i = atomicAdd(&shared.num_listed, 1u);
-    if (i < MAX_LISTED) {
-        shared.list.ids[i] = id;
-        shared.list.logits[i] = x;
-    }
-}
-
-// The thread's share of the list: f(i, id, x); an id of NONE with -∞ where the list is shorter.
-template <typename F>
-__device__ __forceinline__ void each_listed(F f) {
-    const Shared& shared = shared_memory();
-#pragma unroll
-    for (u32 i = 0; i < PER_THREAD; i++) {
-        const u32 at = threadIdx.x + i * THREADS;
-        const bool is = at < shared.num_listed;
-        f(i, is ? shared.list.ids[at] : NONE, is ? shared.list.logits[at] : -INF);
-    }
-}
-
-// --- the steps ---------------------------------------------------------------------------------------------------------
-
 __device__ __forceinline__ bool is_allowed(const u32* mask, u32 num_words, u32 id) {
     return id / 32 < num_words && (mask[id / 32] >> (id % 32) & 1);
 }
 
-// `src/sample/edit.rs`: bias, repetition, frequency, presence, then bans and what is not allowed.
+// Copies a row, or bans what its mask does not allow, or both. `edit` comes later, and leaves banned what is.
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(prepare)(const Call call) {
+    let_next_start();
+    wait_for_inputs();
+    const Job& job = call.jobs[blockIdx.y];
+    if (job.copy == NONE && !(job.flags & MASK)) return;
+    const Values values(raw_of(call, job), call.vocab);
+    float* const to = row_of(call, job);
+    const u32* mask = call.lists + job.mask_first;
+    each_run(call.num_runs, [&](u32 run) {
+        each_value<4>(load_run(values, run), [&](u32 i, float x) {
+            const u32 id = id_at(run, i);
+            const bool banned = job.flags & MASK && !is_allowed(mask, job.num_mask, id);
+            if (id < call.vocab && (banned || job.copy != NONE)) to[id] = banned ? -INF : x;
+        });
+    });
+}
+
+// `src/sample/edit.rs`: bias, repetition, frequency, presence, bans. Block j has the j-th job.
 //
 // Tokens of the history are counted in a table with open addressing, of a size that the history gives; each of its entries
 // is then one token. Counts are integers, so the order of the atomics does not matter.
-__device__ __noinline__ void edit(float* values, u32 vocab, const Row& row, const u32* lists, const u32* carried_ids, u32* tables) {
-    const u32* bias_ids = lists + row.bias_first;
-    for (u32 i = threadIdx.x; i < row.num_bias; i += THREADS) {
+extern "C" __global__ void __launch_bounds__(EDIT_THREADS) KERNEL(edit)(const Call call) {
+    __shared__ u32 small_table[2 * MAX_TABLE];
+    let_next_start();
+    wait_for_inputs();
+    const Job& job = call.jobs[blockIdx.x];
+    if (!(job.flags & EDITED)) return;
+    const u32 vocab = call.vocab;
+    const u32* const lists = call.lists;
+    float* const values = row_of(call, job);
+    const auto put = [&](u32 id, float x) {
+        values[id] = job.flags & MASK && !is_allowed(lists + job.mask_first, job.num_mask, id) ? -INF : x;
+    };
+    const u32* bias_ids = lists + job.bias_first;
+    for (u32 i = threadIdx.x; i < job.num_bias; i += EDIT_THREADS) {
         const u32 id = bias_ids[i];
         if (id >= vocab || (i > 0 && bias_ids[i - 1] == id)) continue;
         // The first of its id adds all, in their order.
         float x = values[id];
-        for (u32 j = i; j < row.num_bias && bias_ids[j] == id; j++)
-            x = __fadd_rn(x, __uint_as_float(bias_ids[row.num_bias + j]));
-        values[id] = x;
+        for (u32 j = i; j < job.num_bias && bias_ids[j] == id; j++)
+            x = __fadd_rn(x, __uint_as_float(bias_ids[job.num_bias + j]));
+        put(id, x);
     }
-    if (row.flags & (REPETITION | OUTPUT_PENALTIES)) {
-        u32* ids = tables + row.table_first;
-        u32* counts = ids + row.table_size;
-        for (u32 i = threadIdx.x; i < row.table_size; i += THREADS) {
+    if (job.flags & (REPETITION | OUTPUT_PENALTIES)) {
+        u32* const ids = job.table_size <= MAX_TABLE ? small_table : call.tables + job.table_first;
+        u32* const counts = ids + job.table_size;
+        for (u32 i = threadIdx.x; i < job.table_size; i += EDIT_THREADS) {
             ids[i] = NONE;
             counts[i] = 0;
         }
         __syncthreads(); // the table, and the bias
-        const u32 wrap = row.table_size - 1;
-        const u32 num_seen = row.num_prompt + row.num_generated + (row.carried != NONE);
-        for (u32 i = threadIdx.x; i < num_seen; i += THREADS) {
-            const u32 j = i - row.num_prompt;
-            const bool in_prompt = i < row.num_prompt;
-            const u32 id = in_prompt ? lists[row.prompt_first + i]
-                : j < row.num_generated ? lists[row.generated_first + j] : carried_ids[row.carried];
+        const u32 wrap = job.table_size - 1;
+        const u32 num_seen = job.num_prompt + job.num_generated + (job.carried != NONE);
+        for (u32 i = threadIdx.x; i < num_seen; i += EDIT_THREADS) {
+            const u32 j = i - job.num_prompt;
+            const bool in_prompt = i < job.num_prompt;
+            const u32 id = in_prompt ? lists[job.prompt_first + i]
+                : j < job.num_generated ? lists[job.generated_first + j] : call.carried_ids[job.carried];
             if (id >= vocab) continue;
             u32 slot = id * 2654435761u >> 8 & wrap;
             while (true) {
@@ -406,39 +547,36 @@ __device__ __noinline__ void edit(float* values, u32 vocab, const Row& row, cons
             if (!in_prompt) atomicAdd(counts + slot, 1u);
         }
         __syncthreads();
-        for (u32 i = threadIdx.x; i < row.table_size; i += THREADS) {
-            // Atomics work in the second-level cache; so the first must not answer.
-            const u32 id = __ldcg(ids + i), count = __ldcg(counts + i);
+        for (u32 i = threadIdx.x; i < job.table_size; i += EDIT_THREADS) {
+            // Atomics on a table in memory work in the second-level cache; so the first must not answer.
+            const volatile u32* const at = ids + i;
+            const u32 id = *at, count = at[job.table_size];
             if (id == NONE) continue;
             float x = values[id];
-            if (row.flags & REPETITION) x = x > 0.f ? __fdiv_rn(x, row.repetition) : __fmul_rn(x, row.repetition);
-            if ((row.flags & OUTPUT_PENALTIES) && count > 0) {
-                x = __fsub_rn(x, __fmul_rn(row.frequency, float(count)));
-                x = __fsub_rn(x, row.presence);
+            if (job.flags & REPETITION) x = x > 0.f ? __fdiv_rn(x, job.repetition) : __fmul_rn(x, job.repetition);
+            if ((job.flags & OUTPUT_PENALTIES) && count > 0) {
+                x = __fsub_rn(x, __fmul_rn(job.frequency, float(count)));
+                x = __fsub_rn(x, job.presence);
             }
-            values[id] = x;
+            put(id, x);
         }
     }
     __syncthreads();
-    for (u32 i = threadIdx.x; i < row.num_banned; i += THREADS) {
-        const u32 id = lists[row.banned_first + i];
+    for (u32 i = threadIdx.x; i < job.num_banned; i += EDIT_THREADS) {
+        const u32 id = lists[job.banned_first + i];
         if (id < vocab) values[id] = -INF;
     }
-    if (row.flags & MASK) {
-        const u32* mask = lists + row.mask_first;
-        for (u32 id = threadIdx.x; id < vocab; id += THREADS)
-            if (!is_allowed(mask, row.num_mask, id)) values[id] = -INF;
-    }
-    __syncthreads();
 }
 
+// --- maxima ------------------------------------------------------------------------------------------------------------
+
 // The lowest id that may be picked, of a row without a usable logit; 0 if there is none.
-__device__ __noinline__ u32 first_allowed(u32 vocab, const Row& row, const u32* lists) {
+__device__ __noinline__ u32 first_allowed(u32 vocab, const Job& job, const u32* lists) {
     Shared& shared = shared_memory();
     for (u32 base = 0; base < vocab; base += THREADS) {
         const u32 id = base + threadIdx.x;
-        bool is = id < vocab && (!(row.flags & MASK) || is_allowed(lists + row.mask_first, row.num_mask, id));
-        for (u32 i = 0; is && i < row.num_banned; i++) is = lists[row.banned_first + i] != id;
+        bool is = id < vocab && (!(job.flags & MASK) || is_allowed(lists + job.mask_first, job.num_mask, id));
+        for (u32 i = 0; is && i < job.num_banned; i++) is = lists[job.banned_first + i] != id;
         if (threadIdx.x == 0) shared.found = NONE;
         if (__syncthreads_or(is)) {
             if (is) atomicMin(&shared.found, id);
@@ -449,256 +587,430 @@ __device__ __noinline__ u32 first_allowed(u32 vocab, const Row& row, const u32* 
     return 0;
 }
 
-// The most likely tokens into shared.top_*, unordered: `num` of them, the lowest ids of those that tie with the last.
-__device__ __noinline__ void find_top(const Values raw, u32 num, u32 max_id, int id_bits) {
-    Shared& shared = shared_memory();
-    // Taken are keys above t, and those of t with a rank of at least r.
-    u32 t, r = 0;
-    const auto take = [&](u32 id, float x) {
-        const u32 key = key_of(x);
-        if (key == 0 || key < t || (key == t && max_id - id < r)) return;
-        const u32 i = atomicAdd(&shared.num_top, 1u);
-        if (i < MAX_TOP) {
-            shared.top_ids[i] = id;
-            shared.top_logits[i] = x;
+// A key, at least 1, that n of the values reach whose maxima these are (all values do, if so few are above -∞), and not many
+// more: the n-th largest maximum, or little below it.
+__device__ __noinline__ u32 bound_of(const u32* maxima, u32 num, u32 n) {
+    u32 mine = 0;
+    for (u32 i = threadIdx.x; i < num; i += THREADS) mine = max(mine, maxima[i]);
+    const bool few = n <= THREADS * 3 / 4; // the largest of each thread are enough to tell
+    u32 t = 0;
+#pragma unroll 1
+    for (int bit = 31; bit >= 0; bit--) {
+        const u32 next = t | 1u << bit;
+        u32 count;
+        if (few) {
+            count = __syncthreads_count(mine >= next);
+        } else {
+            u32 own = 0;
+            for (u32 i = threadIdx.x; i < num; i += THREADS) own += maxima[i] >= next;
+            count = u32(sum(own));
         }
-    };
-    if (shared.num_listed <= MAX_LISTED) {
-        u32 keys[PER_THREAD];
-        u64 masses[PER_THREAD], above = 0;
-        each_listed([&](u32 i, u32, float x) {
-            keys[i] = key_of(x);
-            masses[i] = keys[i] != 0;
-        });
-        t = search(keys, masses, num, 32);
-        each_listed([&](u32 i, u32 id, float) {
-            above += keys[i] > t;
-            masses[i] = keys[i] == t;
-            keys[i] = max_id - id; // beyond the list its mass is 0
-        });
-        above = sum(above);
-        if (t > 0) r = search(keys, masses, num - above, id_bits);
-        __syncthreads();
-        each_listed([&](u32, u32 id, float x) { take(id, x); });
-    } else {
-        t = search_row(raw, num, {Entries::LOGITS});
-        u64 above = 0;
-        each(raw, [&](u32, float x) { above += key_of(x) > t; });
-        above = sum(above);
-        if (t > 0) r = search_row(raw, num - above, {Entries::TIES, t, {}, max_id});
-        __syncthreads();
-        each(raw, take);
+        if (count < n) continue;
+        t = next;
+        if (count <= n + n / 8) break;
     }
-    __syncthreads();
+    return max(t, 1u);
 }
 
-// Where the running sum of kept masses over the row reaches `u` of its total. Kept are keys from `last_key` and weights from
-// `lowest` on.
-__device__ __noinline__ u32 draw_from_row(const Values values, double u, const Softmax softmax, u32 last_key, float lowest) {
+// One thread: the token of a job.
+__device__ __forceinline__ void put_token(const Call& call, const Job& job, u32 id) {
+    call.ids[job.index] = id;
+    call.host_ids[job.index] = id;
+    call.picked[job.index] = id < call.vocab ? raw_of(call, job)[id] : __uint_as_float(0x7fffffffu);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PASS_BLOCKS) KERNEL(maxima)(const Call call) {
     Shared& shared = shared_memory();
-    const auto mass_at = [&](float x) {
-        const float w = key_of(x) >= last_key ? softmax.weight(x) : 0.f;
-        return w >= lowest ? mass_of(w) : 0;
-    };
-    u64 mass = 0;
-    each(values, [&](u32, float x) { mass += mass_at(x); });
-    mass = warp_sum(mass);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared.bins[threadIdx.x / 32] = mass;
-    __syncthreads();
-    u64 total = 0;
-    for (u32 i = 0; i < WARPS; i++) total += shared.bins[i];
-    u64 wanted = min(u64(u * double(total)) + 1, total);
-    u32 warp = 0;
-    while (warp < WARPS - 1 && shared.bins[warp] < wanted) wanted -= shared.bins[warp++];
-    u32 first, last;
-    run_of(values, warp, first, last);
-    if (threadIdx.x == 0) shared.found = 0;
-    __syncthreads();
-    for (u32 base = first; base < last; base += THREADS) {
-        const u32 q = base + threadIdx.x;
-        const Vec<float, 4> x = values.quad(q < last ? q : values.num_quads());
-        u64 masses[4], sum = 0;
+    let_next_start();
+    wait_for_inputs();
+    const Job& job = call.jobs[blockIdx.y];
+    const u32 flags = job.flags, num_maxima = call.num_runs * 32;
+    const Values values(row_of(call, job), call.vocab);
+    u32* const maxima = call.maxima + size_t(blockIdx.y) * num_maxima;
+    if (flags & NUCLEUS && blockIdx.x == 0)
+        for (u32 i = threadIdx.x; i < NUM_BINS; i += THREADS) call.bins[size_t(blockIdx.y) * NUM_BINS + i] = 0;
+    u64 most = 0;
+    each_run(call.num_runs, [&](u32 run) {
+        const Lane x = load_run(values, run);
+        float largest = -INF;
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum += masses[i] = mass_at(x.at[i]);
-        const u64 until = scan(sum, total);
-        u64 before = until - sum;
-        if (before < wanted && until >= wanted) {
+        for (u32 i = 0; i < PER_LANE; i++) largest = fmaxf(largest, x.quads[i / 4].at[i % 4]); // a NaN loses
+        const u32 key = key_of(largest);
+        u32 id = 0;
+        if (flags & GREEDY) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (before < wanted && before + masses[i] >= wanted) shared.found = 4 * q + i;
-                before += masses[i];
-            }
+            for (u32 i = PER_LANE; i-- > 0;)
+                if (x.quads[i / 4].at[i % 4] == largest) id = id_at(run, i);
         }
-        if (total >= wanted) break;
-        wanted -= total;
+        if (flags & (LISTED | NUCLEUS)) maxima[run * 32 + threadIdx.x % 32] = key;
+        const u64 entry = entry_of(key, id);
+        most = entry > most ? entry : most;
+    });
+    most = warp_best(most);
+    if (threadIdx.x % 32 == 0) shared.of_warp[threadIdx.x / 32] = most;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (u32 i = 1; i < WARPS; i++) most = shared.of_warp[i] > most ? shared.of_warp[i] : most;
+        atomicMax(call.best + blockIdx.y, most);
+    }
+    if (!is_last(call.arrived + blockIdx.y)) return;
+    if (threadIdx.x == 0) shared.before = atomicExch(call.best + blockIdx.y, 0ull);
+    __syncthreads();
+    most = shared.before;
+    u32 bound = NONE, id = ~u32(most);
+    if (flags & LISTED) bound = bound_of(maxima, num_maxima, job.rank);
+    if (most == 0 && !(flags & LOGPROBS)) id = first_allowed(call.vocab, job, call.lists);
+    if (threadIdx.x > 0) return;
+    State& state = call.states[blockIdx.y];
+    state.best = most;
+    state.bound = bound;
+    state.num_listed = 0;
+    if (!(flags & LOGPROBS) && (most == 0 || flags & GREEDY)) put_token(call, job, id);
+}
+
+// --- weigh -------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void list(uint2* listed, State& state, u32 id, u32 bits) {
+    const u32 i = atomicAdd(&state.num_listed, 1u);
+    if (i < MAX_LISTED) listed[i] = make_uint2(id, bits);
+}
+
+// Where the running sum of kept masses over the row reaches `u` of its total. `masses`: those of the runs.
+__device__ __noinline__ u32 pick(const Values values, const Kept kept, double u, const u64* masses, u32 num_runs) {
+    constexpr u32 OF_RUNS = MAX_RUNS / THREADS, OF_RUN = RUN / THREADS;
+    const auto mass_of_run = [&](u32 i) {
+        const u32 run = threadIdx.x * OF_RUNS + i;
+        return run < num_runs ? __ldcg(masses + run) : 0;
+    };
+    u64 mine = 0, before;
+#pragma unroll
+    for (u32 i = 0; i < OF_RUNS; i++) mine += mass_of_run(i);
+    const u64 total = sum(mine), wanted = min(u64(u * double(total)) + 1, total);
+    const u32 first = find<OF_RUNS>(wanted, before, mass_of_run) * RUN;
+    return first + find<OF_RUN>(wanted - before, before,
+                                [&](u32 i) { return kept.mass(values.at(first + threadIdx.x * OF_RUN + i)); });
+}
+
+// One block picks a token with passes over all of the row.
+__device__ __noinline__ u32 pick_alone(const Values values, const Job& job, const Softmax softmax, u64* masses, u32 num_runs) {
+    const WholeRow row{values};
+    Kept kept{softmax, 1, job.lowest_weight};
+    if (job.rank != 0) kept.last_key = max(search(row, job.rank, {Entries::LOGITS}), 1u);
+    if (job.top_p < 1.0) {
+        u64 total = 0;
+        row.each([&](u32, float x) { total += Kept{softmax, kept.last_key, 0.f}.mass(x); });
+        const u64 wanted = wanted_of(job.top_p, sum(total));
+        kept.lowest = fmaxf(kept.lowest, __uint_as_float(search(row, wanted, {Entries::WEIGHTS, kept})));
+    }
+#pragma unroll 1
+    for (u32 run = threadIdx.x / 32; run < num_runs; run += WARPS) {
+        u64 mass = 0;
+        each_value<1>(load_run(values, run), [&](u32, float x) { mass += kept.mass(x); });
+        mass = warp_sum(mass);
+        if (threadIdx.x % 32 == 0) masses[run] = mass;
+    }
+    __threadfence_block();
+    __syncthreads();
+    return pick(values, kept, job.u, masses, num_runs);
+}
+
+// Picks from a list that holds what top-k keeps, and more.
+__device__ __noinline__ u32 pick_listed(const List list, const Job& job, const Softmax softmax, u32 max_id) {
+    Kept kept{softmax, max(search(list, job.rank, {Entries::LOGITS}), 1u), 0.f};
+    const auto total = [&] {
+        u64 mass = 0;
+        list.each([&](u32, float x) { mass += kept.mass(x); });
+        return sum(mass);
+    };
+    float lowest = job.lowest_weight;
+    if (job.top_p < 1.0) {
+        const u64 wanted = wanted_of(job.top_p, total());
+        lowest = fmaxf(lowest, __uint_as_float(search(list, wanted, {Entries::WEIGHTS, kept})));
+    }
+    kept.lowest = lowest;
+    const u64 mass = total(), wanted = min(u64(job.u * double(mass)) + 1, mass);
+    return max_id - search(list, wanted, {Entries::IDS, kept, max_id});
+}
+
+// The same, if each thread can have an entry: it looks at all others.
+__device__ __noinline__ u32 pick_few(const List list, const Job& job, const Softmax softmax) {
+    Shared& shared = shared_memory();
+    auto& few = shared.few;
+    const u32 n = list.num, i = threadIdx.x;
+    const bool is = i < n;
+    const u32 id = is ? list.from[i].x : NONE;
+    const float x = is ? __uint_as_float(list.from[i].y) : -INF, w = softmax.weight(x);
+    const u32 key = key_of(x), weight = __float_as_uint(w);
+    u64 mass = mass_of(w);
+    __syncthreads(); // of an earlier use
+    few.keys[i] = key;
+    few.ids[i] = id;
+    __syncthreads();
+    u32 num_larger = 0;
+    if (is)
+        for (u32 j = 0; j < n; j++) num_larger += few.keys[j] > key;
+    if (!is || num_larger >= job.rank) mass = 0;
+    if (job.top_p < 1.0) {
+        const u64 wanted = wanted_of(job.top_p, sum(mass)); // waits for the keys
+        few.keys[i] = weight;
+        few.masses[i] = mass;
+        __syncthreads();
+        u64 above = 0;
+        if (is)
+            for (u32 j = 0; j < n; j++) above += few.keys[j] > weight ? few.masses[j] : 0;
+        if (above >= wanted) mass = 0;
+    }
+    if (!(w >= job.lowest_weight)) mass = 0;
+    const u64 total = sum(mass), wanted = min(u64(job.u * double(total)) + 1, total);
+    few.masses[i] = mass;
+    __syncthreads();
+    if (mass > 0) {
+        u64 before = 0;
+        for (u32 j = 0; j < n; j++) before += few.ids[j] < id ? few.masses[j] : 0;
+        if (before < wanted && before + mass >= wanted) shared.found = id;
     }
     __syncthreads();
     return shared.found;
 }
 
-// `src/sample/draw.rs`. `mine`: the thread's largest key, `best`: the row's.
-__device__ __noinline__ u32 draw(const Values values, const Row& row, u32 mine, u32 best, u32 max_id, int id_bits) {
+// The most likely tokens of a row into `few`, unordered: `num` of them, the lowest ids of those that tie with the last.
+// Returns how many there are.
+__device__ __noinline__ u32 top_of_row(const Values values, u32 num) {
     Shared& shared = shared_memory();
-    const Softmax softmax = softmax_of(best, row.inverse_temperature);
-    const u32 top_k = row.top_k <= max_id ? row.top_k : 0;
-    const bool nucleus = row.top_p < 1.0;
-    const auto wanted_of = [&](u64 total) {
-        const double wanted = ceil(row.top_p * double(total));
-        return wanted >= 1.0 ? min(u64(wanted), total) : 1;
-    };
-    float lowest = row.lowest_weight;
-    u32 last_key = 1; // of top-k
-    if (top_k != 0 ? top_k <= THREADS : nucleus) {
-        const u32 bound = max(nth_largest(mine, top_k != 0 ? top_k : NUCLEUS_RANK), 1u);
-        clear_list();
-        u64 total = 0;
-        if (top_k != 0) {
-            each(values, [&](u32 id, float x) {
-                if (key_of(x) >= bound) list(id, x);
-            });
-            __syncthreads();
-        } else {
-            each(values, [&](u32 id, float x) {
-                if (key_of(x) >= bound) list(id, x);
-                total += mass_of(softmax.weight(x));
-            });
-            total = sum(total);
+    const WholeRow row{values};
+    // Taken are keys above t, and those of t with a rank of at least r.
+    const u32 max_id = values.num - 1, t = search(row, num, {Entries::LOGITS});
+    u64 above = 0;
+    row.each([&](u32, float x) { above += key_of(x) > t; });
+    above = sum(above);
+    const u32 r = t > 0 ? search(row, num - above, {Entries::TIES, {{}, t, 0.f}, max_id}) : 0;
+    __syncthreads();
+    if (threadIdx.x == 0) shared.num_found = 0;
+    __syncthreads();
+    row.each([&](u32 id, float x) {
+        const u32 key = key_of(x);
+        if (key == 0 || key < t || (key == t && max_id - id < r)) return;
+        const u32 i = atomicAdd(&shared.num_found, 1u);
+        if (i < MAX_TOP) {
+            shared.few.ids[i] = id;
+            shared.few.keys[i] = __float_as_uint(x);
         }
-        if (shared.num_listed <= MAX_LISTED) {
-            u32 keys[PER_THREAD];
-            u64 masses[PER_THREAD], mass = 0;
-            if (top_k != 0) {
-                each_listed([&](u32 i, u32, float x) {
-                    keys[i] = key_of(x);
-                    masses[i] = keys[i] != 0;
-                });
-                last_key = max(search(keys, masses, top_k, 32), 1u);
-            }
-            each_listed([&](u32 i, u32, float x) {
-                const float w = key_of(x) >= last_key ? softmax.weight(x) : 0.f;
-                keys[i] = __float_as_uint(w);
-                masses[i] = mass_of(w);
-                mass += masses[i];
-            });
-            mass = sum(mass);
-            bool enough = true;
-            if (nucleus) {
-                const u64 wanted = wanted_of(top_k != 0 ? mass : total);
-                enough = mass >= wanted;
-                if (enough) lowest = fmaxf(lowest, __uint_as_float(search(keys, masses, wanted, 30)));
-            }
-            if (enough) {
-                mass = 0;
-                each_listed([&](u32 i, u32 id, float) {
-                    if (!(__uint_as_float(keys[i]) >= lowest)) masses[i] = 0;
-                    mass += masses[i];
-                    keys[i] = max_id - id;
-                });
-                mass = sum(mass);
-                const u64 wanted = min(u64(row.u * double(mass)) + 1, mass);
-                return max_id - search(keys, masses, wanted, id_bits);
-            }
-        }
-    }
-    // The list is no help: it lacks tokens that are kept, or there was no filter to make one for.
-    if (top_k != 0 && last_key == 1) last_key = max(search_row(values, top_k, {Entries::LOGITS}), 1u);
-    if (nucleus) {
-        u64 total = 0;
-        each(values, [&](u32, float x) { total += mass_of(key_of(x) >= last_key ? softmax.weight(x) : 0.f); });
-        const u64 wanted = wanted_of(sum(total));
-        lowest = fmaxf(lowest, __uint_as_float(search_row(values, wanted, {Entries::WEIGHTS, last_key, softmax})));
-    }
-    return draw_from_row(values, row.u, softmax, last_key, lowest);
+    });
+    __syncthreads();
+    return shared.num_found;
 }
 
-// What a launch gives back, in memory of the host. `top_*`: [R, MAX_TOP].
-struct Results {
-    u32* ids;
-    float* logprobs;
-    u32* num_top;
-    u32* top_ids;
-    float* top_logprobs;
-};
+// The most likely tokens, most likely first, to the host.
+__device__ __noinline__ void put_top(const Values values, const List list, const Job& job, u32* num_top, u32* ids, float* logits) {
+    auto& few = shared_memory().few;
+    u32 n = list.num;
+    if (job.rank == 0) {
+        n = 0;
+    } else if (n > THREADS) {
+        n = top_of_row(values, job.rank);
+    } else if (threadIdx.x < n) {
+        few.ids[threadIdx.x] = list.from[threadIdx.x].x;
+        few.keys[threadIdx.x] = list.from[threadIdx.x].y;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) num_top[job.index] = min(n, job.rank);
+    if (threadIdx.x >= n) return;
+    const auto entry = [&](u32 i) { return entry_of(key_of(__uint_as_float(few.keys[i])), few.ids[i]); };
+    const u64 mine = entry(threadIdx.x);
+    u32 place = 0;
+    for (u32 i = 0; i < n; i++) place += entry(i) > mine;
+    if (place >= job.rank) return;
+    ids[job.index * MAX_TOP + place] = few.ids[threadIdx.x];
+    logits[job.index * MAX_TOP + place] = __uint_as_float(few.keys[threadIdx.x]);
+}
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-KERNEL(sample)(float* logits, u64 stride, u32 vocab, const Row* rows, const u32* lists, const u32* carried_ids, u32* tables,
-               float* copies, u64 copy_stride, u32* ids, Results results) {
+extern "C" __global__ void __launch_bounds__(THREADS, PASS_BLOCKS) KERNEL(weigh)(const Call call) {
     let_next_start();
     wait_for_inputs();
-    const Row& row = rows[blockIdx.x];
-    const u32 max_id = vocab == 0 ? 0 : vocab - 1, index = row.index;
-    const int id_bits = 32 - __clz(max_id);
-    Shared& shared = shared_memory();
+    const Job& job = call.jobs[blockIdx.y];
+    State& state = call.states[blockIdx.y];
+    const u32 flags = job.flags, num_runs = call.num_runs, lane = threadIdx.x % 32;
+    if (state.best == 0 && !(flags & LOGPROBS)) return;
+    const Values values(row_of(call, job), call.vocab);
+    const Softmax softmax = softmax_of(u32(state.best >> 32), job.inverse_temperature);
+    const u32* const maxima = call.maxima + size_t(blockIdx.y) * num_runs * 32;
+    u64* const masses = call.masses + size_t(blockIdx.y) * num_runs;
+    u64* const bins = call.bins + size_t(blockIdx.y) * NUM_BINS;
+    uint2* const listed = call.listed + size_t(blockIdx.y) * MAX_LISTED;
 
-    float* const raw = logits + row.logits_row * stride;
-    u64 mine = 0, most = 0; // entries: the thread's and the row's
-    if (row.flags & LOGPROBS) {
-        const Values values(raw, vocab);
-        mine = largest_of(values);
-        most = best(mine);
-        const Softmax model = softmax_of(u32(most >> 32), 1.f);
-        const u32 num_top = min(row.num_top, MAX_TOP);
-        const u32 bound = num_top > 0 ? max(nth_largest(u32(mine >> 32), num_top), 1u) : NONE;
-        clear_list();
-        u64 total = 0;
-        each(values, [&](u32 id, float x) {
-            if (key_of(x) >= bound) list(id, x);
-            total += mass_of(model.weight(x));
-        });
-        total = sum(total);
-        if (threadIdx.x == 0) {
-            shared.model = model;
-            shared.log_sum = log(double(total) * MASS_UNIT);
-            shared.num_top = 0;
-        }
-        if (num_top > 0) find_top(values, num_top, max_id, id_bits);
-        __syncthreads();
-        const u32 found = shared.num_top;
-        if (threadIdx.x < found) {
-            const u32 id = shared.top_ids[threadIdx.x];
-            const float x = shared.top_logits[threadIdx.x];
-            const u64 entry = entry_of(key_of(x), id);
-            u32 place = 0;
-            for (u32 i = 0; i < found; i++) place += entry_of(key_of(shared.top_logits[i]), shared.top_ids[i]) > entry;
-            results.top_ids[index * MAX_TOP + place] = id;
-            results.top_logprobs[index * MAX_TOP + place] = shared.model.logprob(x, shared.log_sum);
-        }
-        if (threadIdx.x == 0) results.num_top[index] = found;
-    }
-
-    float* changed = raw;
-    if (row.flags & EDITED) {
-        if (row.copy != NONE) {
-            changed = copies + row.copy * copy_stride;
-            const Values values(raw, vocab);
-            each(values, [&](u32 id, float x) {
-                if (id < vocab) changed[id] = x;
+    if (flags & LISTED) {
+        const u32 bound = state.bound;
+        each_run(num_runs, [&](u32 run) {
+            if (maxima[run * 32 + lane] < bound) return;
+            each_value<4>(load_run(values, run), [&](u32 i, float x) {
+                if (key_of(x) >= bound) list(listed, state, id_at(run, i), __float_as_uint(x));
             });
-            __syncthreads();
+        });
+    }
+    if (flags & NUCLEUS) {
+        clear_bins();
+        each_run(num_runs, [&](u32 run) {
+            u64 mass = 0;
+            // What falls into one bin in succession is added at once: in a flat row all values share a few bins.
+            u32 bin = 0, pending = 0;
+            each_value<4>(load_run(values, run), [&](u32, float x) {
+                const u32 bits = __float_as_uint(softmax.weight(x));
+                mass += mass_of(__uint_as_float(bits));
+                const u32 into = FIRST_BIN - (bits >> BIN_BITS);
+                if (into >= NUM_BINS) return;
+                if (into != bin) {
+                    if (pending != 0) add_to_bin(bin, pending);
+                    bin = into;
+                    pending = 0;
+                }
+                pending += mantissa_of(bits, 127u - (bits >> 23));
+            });
+            if (pending != 0) add_to_bin(bin, pending);
+            mass = warp_sum(mass);
+            if (lane == 0) masses[run] = mass;
+        });
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < NUM_BINS; i += THREADS) {
+            const u64 mass = bin_mass(i, shift_of_bin(i));
+            if (mass != 0) atomicAdd(bins + i, mass);
         }
-        edit(changed, vocab, row, lists, carried_ids, tables);
+    } else if (job.rank == 0 || flags & LOGPROBS) {
+        const float lowest = job.lowest_weight;
+        each_run(num_runs, [&](u32 run) {
+            u64 mass = 0;
+            each_value<4>(load_run(values, run), [&](u32, float x) {
+                const float w = softmax.weight(x);
+                mass += w >= lowest ? mass_of(w) : 0;
+            });
+            mass = warp_sum(mass);
+            if (lane == 0) masses[run] = mass;
+        });
     }
-    const Values values(changed, vocab);
-    if ((row.flags & (EDITED | LOGPROBS)) != LOGPROBS) {
-        mine = largest_of(values);
-        most = best(mine);
-    }
+    if (!is_last(call.arrived + blockIdx.y)) return;
 
+    u64 total = 0;
+    if (flags & (NUCLEUS | LOGPROBS)) {
+        for (u32 run = threadIdx.x; run < num_runs; run += THREADS) total += masses[run];
+        total = sum(total);
+    }
+    const u32 num_listed = flags & LISTED ? __ldcg(&state.num_listed) : 0;
+    const List all{listed, num_listed};
+    if (flags & LOGPROBS) {
+        if (threadIdx.x == 0) {
+            call.totals[job.index] = total;
+            call.largest[job.index] = softmax.max;
+        }
+        put_top(values, all, job, call.num_top, call.top_ids, call.top_logits);
+        return;
+    }
     u32 id;
-    if (most == 0) id = first_allowed(vocab, row, lists);
-    else if (row.flags & GREEDY) id = ~u32(most);
-    else id = draw(values, row, u32(mine >> 32), u32(most >> 32), max_id, id_bits);
-
-    if (threadIdx.x == 0) {
-        ids[index] = id;
-        results.ids[index] = id;
-        if (row.flags & LOGPROBS) {
-            const float x = id < vocab ? raw[id] : __uint_as_float(0x7fffffffu);
-            results.logprobs[index] = shared.model.logprob(x, shared.log_sum);
+    if (flags & NUCLEUS) {
+        constexpr u32 N = NUM_BINS / THREADS;
+        u64 above;
+        const u64 wanted = wanted_of(job.top_p, total);
+        const u32 bin = find<N>(wanted, above, [&](u32 i) { return __ldcg(bins + threadIdx.x * N + i); });
+        if (bin != NONE) {
+            if (threadIdx.x == 0) {
+                state.above = above;
+                state.wanted = wanted;
+                state.bin = bin;
+            }
+            return;
         }
+        id = pick_alone(values, job, softmax, masses, num_runs);
+        if (threadIdx.x == 0) state.best = 0;
+    } else if (job.rank == 0) {
+        id = pick(values, {softmax, 1, job.lowest_weight}, job.u, masses, num_runs);
+    } else if (num_listed <= THREADS) {
+        id = pick_few(all, job, softmax);
+    } else if (num_listed <= MAX_LISTED) {
+        id = pick_listed(all, job, softmax, call.vocab - 1);
+    } else {
+        id = pick_alone(values, job, softmax, masses, num_runs);
     }
+    if (threadIdx.x == 0) put_token(call, job, id);
 }
+
+// --- narrow ------------------------------------------------------------------------------------------------------------
+
+// The bits of the weight in a bin at which the mass from the largest down reaches `wanted`. `listed`: all weights of the bin.
+__device__ __noinline__ u32 search_bin(const List list, u32 bin, u64 wanted) {
+    constexpr u32 N = NUM_BINS / THREADS, LOWER = BIN_BITS - 10;
+    const u32 shift = shift_of_bin(bin);
+    u32 prefix = FIRST_BIN - bin;
+#pragma unroll 1
+    for (int level = 0; level < 2; level++) {
+        const u32 at = level == 0 ? LOWER : 0, width = level == 0 ? 10 : LOWER;
+        clear_bins();
+        list.each([&](u32, float w) {
+            const u32 bits = __float_as_uint(w);
+            const u32 digit = bits >> at & ((1u << width) - 1);
+            if (bits >> (at + width) == prefix) add_to_bin(NUM_BINS - 1 - digit, mantissa_of(bits, shift));
+        });
+        __syncthreads();
+        u64 before;
+        const u32 found = find<N>(wanted, before, [&](u32 i) { return bin_mass(threadIdx.x * N + i, shift); });
+        prefix = prefix << width | (NUM_BINS - 1 - found);
+        wanted -= before;
+    }
+    return prefix;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PASS_BLOCKS) KERNEL(narrow)(const Call call) {
+    let_next_start();
+    wait_for_inputs();
+    const Job& job = call.jobs[blockIdx.y];
+    State& state = call.states[blockIdx.y];
+    if (state.best == 0) return;
+    const u32 num_runs = call.num_runs, lane = threadIdx.x % 32;
+    const Values values(row_of(call, job), call.vocab);
+    const Softmax softmax = softmax_of(u32(state.best >> 32), job.inverse_temperature);
+    const u32* const maxima = call.maxima + size_t(blockIdx.y) * num_runs * 32;
+    u64* const masses = call.masses + size_t(blockIdx.y) * num_runs;
+    uint2* const listed = call.listed + size_t(blockIdx.y) * MAX_LISTED;
+    const u32 bin = state.bin, first = (FIRST_BIN - bin) << BIN_BITS, beyond = first + (1u << BIN_BITS);
+    const float lowest = job.lowest_weight;
+    // Smaller exponents have weights below the bin; the margin is far above the errors of both functions.
+    const float least = logf(__uint_as_float(first)) - 1e-3f;
+
+    each_run(num_runs, [&](u32 run) {
+        u64 mass = 0;
+        if (softmax.exponent(of_key(maxima[run * 32 + lane])) >= least) {
+            u32 some = 0;
+            each_value<4>(load_run(values, run), [&](u32 i, float x) { some |= u32(softmax.exponent(x) >= least) << i; });
+            // Few lanes have many: so one at a time, read once more.
+            while (some != 0) {
+                const u32 id = id_at(run, __ffs(some) - 1);
+                some &= some - 1;
+                const float w = softmax.weight(values.at(id));
+                const u32 bits = __float_as_uint(w);
+                if (bits >= beyond) mass += w >= lowest ? mass_of(w) : 0;
+                else if (bits >= first) list(listed, state, id, bits);
+            }
+        }
+        mass = warp_sum(mass);
+        if (lane == 0) masses[run] = mass;
+    });
+    if (!is_last(call.arrived + blockIdx.y)) return;
+
+    const u32 num_listed = __ldcg(&state.num_listed);
+    u32 id;
+    if (num_listed <= MAX_LISTED) {
+        const List in_bin{listed, num_listed};
+        const float last = fmaxf(lowest, __uint_as_float(search_bin(in_bin, bin, state.wanted - state.above)));
+        in_bin.each([&](u32 id, float w) {
+            if (w >= last) atomicAdd(masses + id / RUN, mass_of(w));
+        });
+        __threadfence_block();
+        __syncthreads();
+        id = pick(values, {softmax, 1, last}, job.u, masses, num_runs);
+    } else {
+        id = pick_alone(values, job, softmax, masses, num_runs);
+    }
+    if (threadIdx.x == 0) put_token(call, job, id);
+}
+
+// --- argmax ------------------------------------------------------------------------------------------------------------
 
 // Block (c, r) looks at `chunk` values of the r-th pair (logits row, index of its result); without pairs both are r.
 // `best`, `arrived`: one entry per row, 0, and 0 again afterwards.

@@ -169,6 +169,12 @@ pub fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut SampleS
     Sampled { id, logprob: Some(model.of(logit)), top: model.top }
 }
 
+/// The log-probability of a logit, given the largest of its row and the logarithm of the sum of weights relative to that.
+#[cfg(feature = "cuda")]
+pub(crate) fn logprob(logit: f32, max: f32, log_sum: f64) -> f32 {
+    Softmax::new(max, 1.0).logprob(logit, log_sum)
+}
+
 /// The log-probabilities of the row as it came.
 struct LogProbs {
     softmax: Softmax,

@@ -6,17 +6,16 @@ use super::{Logits, MAX_TOP};
 use crate::error::KernelError;
 use crate::sample::{SampleParams, SampleRow, uniform};
 
-/// `Row` of `cuda/sample.cu`. `x_first` counts words of the lists.
+/// `Job` of `cuda/sample.cu`: what is to be done with one row. `x_first` counts words of the lists.
 #[derive(Debug, Clone, Copy, PartialEq, NoUninit, Zeroable)]
 #[repr(C)]
-pub(super) struct RowParams {
+pub(super) struct Job {
     u: f64,
     top_p: f64,
     logits_row: u32,
     index: u32,
     flags: u32,
-    top_k: u32,
-    num_top: u32,
+    rank: u32,
     inverse_temperature: f32,
     lowest_weight: f32,
     repetition: f32,
@@ -36,16 +35,41 @@ pub(super) struct RowParams {
     table_first: u32,
     table_size: u32,
     copy: u32,
-    pad: [u32; 2],
+    pad: u32,
 }
 
-impl RowParams {
+impl Job {
     const GREEDY: u32 = 1;
     const EDITED: u32 = 2;
     const REPETITION: u32 = 4;
     const OUTPUT_PENALTIES: u32 = 8;
     const MASK: u32 = 16;
     const LOGPROBS: u32 = 32;
+    const NUCLEUS: u32 = 64;
+    const LISTED: u32 = 128;
+
+    fn is(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// The log-probabilities of a row as it came.
+    fn logprobs(num_top: usize) -> Self {
+        Self {
+            top_p: 1.0,
+            flags: Self::LOGPROBS | if num_top > 0 { Self::LISTED } else { 0 },
+            rank: num_top as u32,
+            inverse_temperature: 1.0,
+            lowest_weight: f32::MIN_POSITIVE,
+            carried: NONE,
+            copy: NONE,
+            ..Self::zeroed()
+        }
+    }
+
+    /// Jobs that need every kernel come first, those that need one last: each kernel has a run from the first on.
+    fn order(&self) -> (bool, bool, u32) {
+        (!self.is(Self::NUCLEUS), self.is(Self::GREEDY), self.index)
+    }
 }
 
 /// No row, no token.
@@ -64,8 +88,8 @@ struct Pair {
 pub(super) struct Plan {
     /// Rows of the kernel `argmax`, where pairs are needed.
     pairs: Vec<Pair>,
-    /// Rows of the kernel `sample`.
-    params: Vec<RowParams>,
+    /// What is to be done with all other rows, in [`Job::order`].
+    jobs: Vec<Job>,
     num_plain: usize,
     num_list_words: usize,
     num_table_words: usize,
@@ -86,7 +110,7 @@ impl Plan {
         num_before: usize,
     ) -> Result<(), KernelError> {
         self.pairs.clear();
-        self.params.clear();
+        self.jobs.clear();
         (self.num_list_words, self.num_table_words, self.num_copies) = (0, 0, 0);
         let shape = |what, wanted, found| Err(KernelError::Shape { op: "sample", what, wanted, found });
         // Rows in rising order differ: as a rule they all do.
@@ -106,13 +130,18 @@ impl Plan {
             let (logits_row, index) = (row.logits_row as u32, index as u32);
             match self.row(row, logits.vocab, || !rising && others()) {
                 None => self.pairs.push(Pair { logits_row, index }),
-                Some(params) => self.params.push(RowParams { logits_row, index, ..params }),
+                Some(job) => self.jobs.push(Job { logits_row, index, ..job }),
+            }
+            if let Some(num_top) = row.params.logprobs {
+                self.jobs.push(Job { logits_row, index, ..Job::logprobs(num_top) });
             }
         }
         let num_words = self.num_list_words.max(self.num_table_words);
         if num_words >= NONE as usize {
             return shape("words of all lists", NONE as usize, num_words);
         }
+        // The two jobs of a row may be in any order.
+        self.jobs.sort_unstable_by_key(Job::order);
         self.num_plain = self.pairs.len();
         if self.pairs.iter().enumerate().all(|(i, pair)| pair.logits_row as usize == i && pair.index as usize == i) {
             self.pairs.clear();
@@ -120,44 +149,52 @@ impl Plan {
         Ok(())
     }
 
-    /// The parameters of a row, without its place; `None` if its largest logit is all that is wanted.
-    fn row(&mut self, row: &SampleRow<'_>, vocab: usize, is_shared: impl FnOnce() -> bool) -> Option<RowParams> {
+    /// What picks a row's token, without its place; `None` if its largest logit is all that is wanted.
+    fn row(&mut self, row: &SampleRow<'_>, vocab: usize, is_shared: impl FnOnce() -> bool) -> Option<Job> {
         let SampleParams { temperature, top_k, top_p, min_p, ref logit_bias, logprobs, .. } = *row.params;
         let (repetition, frequency, presence) =
             (row.params.repetition_penalty, row.params.frequency_penalty, row.params.presence_penalty);
+        let top_k = top_k.map_or(0, |k| k.get());
         let mut flags = 0;
-        if temperature.is_nan() || temperature <= 0.0 || top_k.is_some_and(|k| k.get() == 1) {
-            flags |= RowParams::GREEDY;
-        }
-        if logprobs.is_some() {
-            flags |= RowParams::LOGPROBS;
+        if temperature.is_nan() || temperature <= 0.0 || top_k == 1 {
+            flags |= Job::GREEDY;
         }
         if row.allowed.is_some() {
-            flags |= RowParams::MASK;
+            flags |= Job::MASK;
         }
         let (mut prompt, mut generated, mut carried) = (0, row.generated.len(), row.carried);
         if repetition != 1.0 {
-            flags |= RowParams::REPETITION;
+            flags |= Job::REPETITION;
             prompt = row.prompt.len();
         }
         if frequency != 0.0 || presence != 0.0 {
-            flags |= RowParams::OUTPUT_PENALTIES;
+            flags |= Job::OUTPUT_PENALTIES;
         }
-        if flags & (RowParams::REPETITION | RowParams::OUTPUT_PENALTIES) == 0 {
+        if flags & (Job::REPETITION | Job::OUTPUT_PENALTIES) == 0 {
             (generated, carried) = (0, None);
         }
         let num_seen = prompt + generated + usize::from(carried.is_some());
         if num_seen == 0 {
-            flags &= !(RowParams::REPETITION | RowParams::OUTPUT_PENALTIES);
+            flags &= !(Job::REPETITION | Job::OUTPUT_PENALTIES);
         }
-        if num_seen + logit_bias.len() + row.banned.len() > 0 || row.allowed.is_some() {
-            flags |= RowParams::EDITED;
+        if num_seen + logit_bias.len() + row.banned.len() > 0 {
+            flags |= Job::EDITED;
         }
-        if flags == RowParams::GREEDY {
+        if flags == Job::GREEDY && logprobs.is_none() {
             return None;
         }
+        // All of the vocabulary is off, and a greedy row has no use for filters.
+        let is_greedy = flags & Job::GREEDY != 0;
+        let rank = if is_greedy || top_k as usize >= vocab { 0 } else { top_k };
+        // `NaN` is off, as on the CPU.
+        let top_p = if top_p < 1.0 { f64::from(top_p) } else { 1.0 };
+        if rank > 0 {
+            flags |= Job::LISTED;
+        } else if top_p < 1.0 && !is_greedy {
+            flags |= Job::NUCLEUS;
+        }
         // The log-probabilities are of the logits as they came, and another row's logits must stay as they are.
-        let is_copy = flags & RowParams::EDITED != 0 && (flags & RowParams::LOGPROBS != 0 || is_shared());
+        let is_copy = flags & (Job::EDITED | Job::MASK) != 0 && (logprobs.is_some() || is_shared());
         let copy = if is_copy { self.num_copies as u32 } else { NONE };
         self.num_copies += usize::from(is_copy);
         let table_size = if num_seen > 0 { (2 * num_seen.min(vocab.max(1))).next_power_of_two() } else { 0 };
@@ -169,15 +206,13 @@ impl Plan {
             first
         };
         let mask = row.allowed.map_or(0, |mask| mask.len().min(vocab.div_ceil(32)));
-        Some(RowParams {
+        Some(Job {
             u: uniform(row.params.seed, row.position),
-            // `NaN` is off, as on the CPU.
-            top_p: if top_p < 1.0 { f64::from(top_p) } else { 1.0 },
+            top_p,
             logits_row: 0,
             index: 0,
             flags,
-            top_k: top_k.map_or(0, |k| k.get()),
-            num_top: logprobs.unwrap_or(0) as u32,
+            rank,
             inverse_temperature: temperature.recip().min(f32::MAX),
             lowest_weight: if min_p > 0.0 { min_p.clamp(f32::MIN_POSITIVE, 1.0) } else { f32::MIN_POSITIVE },
             repetition,
@@ -197,7 +232,7 @@ impl Plan {
             table_first,
             table_size: table_size as u32,
             copy,
-            pad: [0; 2],
+            pad: 0,
         })
     }
 
@@ -206,9 +241,16 @@ impl Plan {
         self.num_plain
     }
 
-    /// Rows of the kernel `sample`.
-    pub(super) fn num_general(&self) -> usize {
-        self.params.len()
+    /// How many jobs there are, how many of them (from the first on) pick by weight or list, and how many by top-p alone.
+    pub(super) fn num_jobs(&self) -> [usize; 3] {
+        let num_first = |is: fn(&Job) -> bool| self.jobs.partition_point(is);
+        [self.jobs.len(), num_first(|job| !job.is(Job::GREEDY)), num_first(|job| job.is(Job::NUCLEUS))]
+    }
+
+    /// Whether rows are copied or masked, and whether single logits are edited.
+    pub(super) fn has_edits(&self) -> (bool, bool) {
+        let any = |is: fn(&Job) -> bool| self.jobs.iter().any(is);
+        (any(|job| job.copy != NONE || job.is(Job::MASK)), any(|job| job.is(Job::EDITED)))
     }
 
     /// Rows of logits that are copied before they are edited.
@@ -221,14 +263,14 @@ impl Plan {
         size_of::<u32>() * self.num_table_words
     }
 
-    /// Where the pairs are in the upload; the parameters are at its beginning. `None`: there are none, rows are in order.
+    /// Where the pairs are in the upload; the jobs are at its beginning. `None`: there are none, rows are in order.
     pub(super) fn pairs_offset(&self) -> Option<usize> {
-        (!self.pairs.is_empty()).then_some(size_of_val(&*self.params))
+        (!self.pairs.is_empty()).then_some(size_of_val(&*self.jobs))
     }
 
     /// Where the lists are in the upload.
     pub(super) fn lists_offset(&self) -> usize {
-        size_of_val(&*self.params) + size_of_val(&*self.pairs)
+        size_of_val(&*self.jobs) + size_of_val(&*self.pairs)
     }
 
     /// Bytes of the upload.
@@ -236,32 +278,32 @@ impl Plan {
         self.lists_offset() + size_of::<u32>() * self.num_list_words
     }
 
-    /// Writes the upload for the rows that were planned: parameters, pairs, lists.
+    /// Writes the upload for the rows that were planned: jobs, pairs, lists.
     pub(super) fn write(&mut self, rows: &[SampleRow<'_>], to: &mut [u8]) {
         let (head, lists) = to[..self.upload_bytes()].split_at_mut(self.lists_offset());
-        let (params, pairs) = head.split_at_mut(size_of_val(&*self.params));
-        params.copy_from_slice(bytemuck::cast_slice(&self.params));
+        let (jobs, pairs) = head.split_at_mut(size_of_val(&*self.jobs));
+        jobs.copy_from_slice(bytemuck::cast_slice(&self.jobs));
         pairs.copy_from_slice(bytemuck::cast_slice(&self.pairs));
         let mut put = |first: u32, words: &[u32]| {
             let bytes: &[u8] = bytemuck::cast_slice(words);
             lists[size_of::<u32>() * first as usize..][..bytes.len()].copy_from_slice(bytes);
         };
-        for params in &self.params {
-            let row = &rows[params.index as usize];
-            if params.num_bias > 0 {
+        for job in &self.jobs {
+            let row = &rows[job.index as usize];
+            if job.num_bias > 0 {
                 // One thread finds all entries of a token side by side; a stable sort keeps their order.
                 self.bias.clear();
                 self.bias.extend_from_slice(&row.params.logit_bias);
                 self.bias.sort_by_key(|&(id, _)| id);
                 for (i, &(id, bias)) in (0..).zip(&self.bias) {
-                    put(params.bias_first + i, &[id]);
-                    put(params.bias_first + params.num_bias + i, &[bias.to_bits()]);
+                    put(job.bias_first + i, &[id]);
+                    put(job.bias_first + job.num_bias + i, &[bias.to_bits()]);
                 }
             }
-            put(params.prompt_first, &row.prompt[..params.num_prompt as usize]);
-            put(params.generated_first, &row.generated[..params.num_generated as usize]);
-            put(params.banned_first, row.banned);
-            put(params.mask_first, &row.allowed.unwrap_or(&[])[..params.num_mask as usize]);
+            put(job.prompt_first, &row.prompt[..job.num_prompt as usize]);
+            put(job.generated_first, &row.generated[..job.num_generated as usize]);
+            put(job.banned_first, &row.banned[..job.num_banned as usize]);
+            put(job.mask_first, &row.allowed.unwrap_or(&[])[..job.num_mask as usize]);
         }
     }
 }
@@ -284,13 +326,28 @@ mod tests {
         let greedy = SampleParams::GREEDY;
         let hot = SampleParams { temperature: 1.0, ..GREEDY };
         let plain = plan(&[SampleRow::new(0, &greedy, 0), SampleRow::new(1, &greedy, 0)]);
-        assert_eq!((plain.num_plain(), plain.num_general(), plain.upload_bytes()), (2, 0, 0));
+        assert_eq!((plain.num_plain(), plain.num_jobs()[0], plain.upload_bytes()), (2, 0, 0));
         let mixed = plan(&[SampleRow::new(3, &greedy, 0), SampleRow::new(2, &hot, 0), SampleRow::new(2, &greedy, 0)]);
-        assert_eq!((mixed.num_plain(), mixed.num_general()), (2, 1));
+        assert_eq!((mixed.num_plain(), mixed.num_jobs()), (2, [1, 1, 0]));
         assert_eq!(mixed.pairs, [Pair { logits_row: 3, index: 0 }, Pair { logits_row: 2, index: 2 }]);
-        assert_eq!(mixed.pairs_offset(), Some(size_of::<RowParams>()));
+        assert_eq!(mixed.pairs_offset(), Some(size_of::<Job>()));
         let banned = plan(&[SampleRow { banned: &[1], ..SampleRow::new(0, &greedy, 0) }]);
-        assert_eq!((banned.num_plain(), banned.num_general()), (0, 1));
+        assert_eq!((banned.num_plain(), banned.num_jobs(), banned.has_edits()), (0, [1, 0, 0], (false, true)));
+    }
+
+    #[test]
+    fn jobs_are_in_the_order_of_the_kernels_that_they_need() {
+        let greedy = SampleParams::GREEDY;
+        let banned = SampleRow { banned: &[1], ..SampleRow::new(0, &greedy, 0) };
+        let hot = SampleParams { temperature: 1.0, top_k: std::num::NonZeroU32::new(100), ..GREEDY };
+        let nucleus = SampleParams { top_p: 0.9, logprobs: Some(3), ..hot.clone() };
+        let both = SampleParams { top_p: 0.9, top_k: std::num::NonZeroU32::new(99), ..hot.clone() };
+        let rows = [&hot, &nucleus, &both].map(|params| SampleRow::new(1, params, 0));
+        let plan = plan(&[banned, rows[0], rows[1], rows[2]]);
+        assert_eq!(plan.num_jobs(), [5, 4, 1]);
+        assert_eq!(plan.jobs.iter().map(|job| job.index).collect::<Vec<_>>(), [2, 1, 2, 3, 0]);
+        assert_eq!(plan.jobs.iter().map(|job| job.rank).collect::<Vec<_>>(), [0, 0, 3, 99, 0], "top-k of all is off");
+        assert!(plan.jobs[0].is(Job::NUCLEUS) && plan.jobs[2].is(Job::LOGPROBS) && plan.jobs[3].is(Job::LISTED));
     }
 
     #[test]
@@ -337,7 +394,7 @@ mod tests {
             .chunks_exact(4)
             .map(|bytes| u32::from_ne_bytes(bytes.try_into().unwrap()))
             .collect();
-        let found = plan.params[1];
+        let found = plan.jobs[1];
         let list = |first: u32, len: u32| &lists[first as usize..(first + len) as usize];
         assert_eq!(list(found.bias_first, 3), [3, 9, 9]);
         assert_eq!(list(found.bias_first + 3, 3), [2.0f32, 1.0, 3.0].map(f32::to_bits));
@@ -346,7 +403,19 @@ mod tests {
         assert_eq!(list(found.banned_first, found.num_banned), [4, 5]);
         assert_eq!(list(found.mask_first, found.num_mask), [6, 7, 8, 9], "100 tokens are 4 words");
         assert_eq!((found.carried, found.table_size), (2, 8));
-        assert_eq!(found.table_first as usize, 2 * plan.params[0].table_size as usize);
+        assert_eq!(found.table_first as usize, 2 * plan.jobs[0].table_size as usize);
+    }
+
+    #[test]
+    fn the_job_for_log_probabilities_has_no_lists() {
+        let asked = SampleParams { logit_bias: vec![(3, 2.0)], logprobs: Some(2), ..GREEDY };
+        let rows = [SampleRow { banned: &[4, 5], ..SampleRow::new(0, &asked, 0) }];
+        let mut plan = plan(&rows);
+        let mut bytes = vec![0xff; plan.upload_bytes()];
+        plan.write(&rows, &mut bytes);
+        let lists = bytes[plan.lists_offset()..].to_vec();
+        assert_eq!(lists.chunks_exact(4).map(|word| word[0]).collect::<Vec<_>>(), [3, 0, 4, 5]);
+        assert_eq!(plan.num_jobs(), [2, 1, 0]);
     }
 
     #[test]

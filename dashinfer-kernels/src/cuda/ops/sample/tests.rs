@@ -81,7 +81,7 @@ impl Case {
             params.top_k = NonZeroU32::new(random.of(&[1, 2, 20, 50, 300, 1024, 1025, 5000, u32::MAX]));
         }
         if random.chance(0.5) {
-            params.top_p = random.of(&[0.0, 0.1, 0.5, 0.9, 0.95, 0.999, f32::NAN]);
+            params.top_p = random.of(&[0.0, 0.1, 0.5, 0.9, 0.95, 0.999, 0.999_999_9, f32::NAN]);
         }
         if random.chance(0.3) {
             params.min_p = random.of(&[0.01, 0.1, 0.5, 1.0, 2.0, f32::NAN]);
@@ -237,6 +237,71 @@ fn the_same_tokens_as_on_the_cpu() {
     assert!(num_same * 1000 >= num_all * 995, "too many fall to a neighbour");
 }
 
+/// One block has a whole row where rows are many; where they are few, many blocks share one.
+#[test]
+fn few_rows_and_many_are_the_same_to_the_sampler() {
+    let Some(device) = test_device() else { return };
+    const VOCAB: usize = 151_936;
+    let mut random = Random::new(7);
+    let some: Vec<_> = (0..16).map(|_| logits(VOCAB, &mut random)).collect();
+    let (mut num_same, mut num_all) = (0, 0);
+    for num_rows in [1, 1, 3, 3, 8, 64, 200] {
+        let mut sampler = CudaSampler::new(&device, num_rows).unwrap();
+        let first = random.below(some.len());
+        let rows: Vec<_> = (0..num_rows).map(|i| some[(first + i) % some.len()].clone()).collect();
+        let cases: Vec<_> = (0..num_rows).map(|i| Case::random(i, VOCAB, &mut random)).collect();
+        let (_buffer, on_device) = upload(&device, &rows, VOCAB + random.of(&[0, 1, 4]));
+        let sample_rows: Vec<_> = cases.iter().map(Case::row).collect();
+        sampler.launch(&device, on_device, &sample_rows).unwrap();
+        for (found, case) in sampler.collect().unwrap().iter().zip(&cases) {
+            num_same += usize::from(check(found, &rows[case.logits_row], case));
+            num_all += 1;
+        }
+    }
+    println!("{num_same} of {num_all} tokens are the same");
+    assert!(num_same * 1000 >= num_all * 990, "too many fall to a neighbour");
+}
+
+/// Filters that keep thousands of tokens, and rows in which thousands tie: lists run over.
+#[test]
+fn long_lists_are_cut_where_the_cpu_cuts_them() {
+    let Some(device) = test_device() else { return };
+    const VOCAB: usize = 40_000;
+    let mut sampler = CudaSampler::new(&device, 42).unwrap();
+    let mut random = Random::new(11);
+    let model = |spread: f64, step: f64, random: &mut Random| -> Vec<f32> {
+        let mut value = || ((0..4).map(|_| random.unit()).sum::<f64>() - 2.0) * spread;
+        (0..VOCAB).map(|_| if step > 0.0 { (value() / step).round() * step } else { value() } as f32).collect()
+    };
+    let shapes = [(5.0, 0.0), (0.01, 0.0), (5.0, 2.0), (5.0, 0.0625), (60.0, 0.0), (0.0, 0.0)];
+    let mut rows: Vec<_> = shapes.iter().map(|&(spread, step)| model(spread, step, &mut random)).collect();
+    // One token far above the rest, whose weights are below all bins.
+    let mut deep: Vec<f32> = model(0.3, 0.0, &mut random).iter().map(|x| x - 23.0).collect();
+    deep[77] = 0.0;
+    rows.push(deep);
+    let filters = [(0, 0.9), (0, 0.999_999_9), (200, 1.0), (1000, 0.7), (5000, 0.95), (30_000, 1.0)];
+    let cases: Vec<_> = (0..42)
+        .map(|i| {
+            let (top_k, top_p) = filters[i / 7];
+            let logprobs = (i % 2 == 0).then_some(20);
+            let params = SampleParams { temperature: 1.0, top_k: NonZeroU32::new(top_k), top_p, logprobs, ..GREEDY };
+            let (prompt, generated, banned) = (vec![], vec![], vec![]);
+            Case { logits_row: i % 7, params, position: i as u64, prompt, generated, banned, allowed: None }
+        })
+        .collect();
+    let (_buffer, on_device) = upload(&device, &rows, VOCAB);
+    let sample_rows: Vec<_> = cases.iter().map(Case::row).collect();
+    sampler.launch(&device, on_device, &sample_rows).unwrap();
+    let same = sampler
+        .collect()
+        .unwrap()
+        .iter()
+        .zip(&cases)
+        .filter(|(found, case)| check(found, &rows[case.logits_row], case))
+        .count();
+    assert!(same >= 41, "{same} of 42 tokens are the same");
+}
+
 #[test]
 fn greedy_rows_take_the_largest_and_the_lower_id_of_a_tie() {
     let Some(device) = test_device() else { return };
@@ -324,6 +389,7 @@ fn bench_sample() {
         ("top-k 50, top-p 0.9", SampleParams { top_k: NonZeroU32::new(50), top_p: 0.9, ..hot.clone() }),
         ("top-p 0.9, temperature 5", SampleParams { temperature: 5.0, top_p: 0.9, ..hot.clone() }),
         ("top-p 0.9, 20 log-probabilities", SampleParams { top_p: 0.9, logprobs: Some(20), ..hot.clone() }),
+        ("penalties", SampleParams { repetition_penalty: 1.1, frequency_penalty: 0.1, ..hot.clone() }),
         ("top-p 0.9, penalties", SampleParams { top_p: 0.9, repetition_penalty: 1.1, frequency_penalty: 0.1, ..hot }),
     ];
     let history: Vec<u32> = (0..2000).map(|i| i * 37 % VOCAB as u32).collect();
@@ -368,4 +434,14 @@ fn bench_sample() {
             );
         }
     }
+}
+
+#[test]
+fn a_row_has_as_many_blocks_as_the_device_has_room_for() {
+    let check = |num_jobs, expected| assert_eq!(blocks_of(297, num_jobs, 132), expected, "{num_jobs} jobs");
+    check(1, 38); // a run for each warp
+    check(64, 19);
+    check(256, 8);
+    check(100_000, 1);
+    assert_eq!((blocks_of(0, 1, 132), blocks_of(1, 0, 0)), (1, 1));
 }
