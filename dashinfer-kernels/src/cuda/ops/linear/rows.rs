@@ -59,6 +59,8 @@ const UNIT_K: usize = 64;
 
 // rows of x, groups of 16 weight rows, warps beside each other, warps along K, blocks along K, stages, blocks per SM
 const ROWS_8: Tile = tile([8, 1, 1, 8, 1, 4, 2]);
+// A block to an SM has all its registers for loads on their way.
+const ROWS_8_FEW: Tile = tile([8, 1, 1, 8, 1, 6, 1]);
 const ROWS_8_MORE: Tile = tile([8, 1, 1, 8, 1, 3, 3]);
 const ROWS_8_WIDE: Tile = tile([8, 2, 1, 8, 1, 2, 2]);
 const ROWS_16: Tile = tile([16, 1, 1, 8, 1, 3, 2]);
@@ -73,11 +75,11 @@ const ROWS_64_SM100: Tile = tile([64, 1, 4, 1, 8, 2, 3]);
 /// Every tile that [`tile_for`] may choose on `arch`.
 pub(crate) fn tiles(arch: Arch) -> &'static [Tile] {
     if arch.number() >= 100 {
-        &[ROWS_8, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_SM100]
+        &[ROWS_8, ROWS_8_FEW, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_SM100]
     } else if arch.number() >= 90 {
-        &[ROWS_8, ROWS_8_MORE, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_CLUSTER]
+        &[ROWS_8, ROWS_8_FEW, ROWS_8_MORE, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32_CLUSTER, ROWS_64_CLUSTER]
     } else {
-        &[ROWS_8, ROWS_8_MORE, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32]
+        &[ROWS_8, ROWS_8_FEW, ROWS_8_MORE, ROWS_8_WIDE, ROWS_16, ROWS_16_WIDE, ROWS_32]
     }
 }
 
@@ -90,7 +92,8 @@ pub(crate) fn tile_for(arch: Arch, num_sms: u32, [m, n, k]: [usize; 3]) -> Tile 
     let short = k <= 2 * PARTS * UNIT_K;
     let (clusters, sm100) = (arch.number() >= 90, arch.number() >= 100);
     match (m, blocks_per_sm) {
-        (0..=8, 0..=2) => ROWS_8,
+        (0..=8, 0..=1) => ROWS_8_FEW,
+        (0..=8, 2) => ROWS_8,
         // Half as many blocks, that fit nearly at once.
         (0..=8, 4..=8) if short => ROWS_8_WIDE,
         (0..=8, blocks) if !sm100 && (blocks == 3 || short) => ROWS_8_MORE,
@@ -239,10 +242,10 @@ mod tests {
         check(3584, 3584, ROWS_8, ROWS_16);
         check(37888, 3584, ROWS_8, ROWS_16_WIDE);
         check(3584, 18944, ROWS_8, ROWS_16);
-        check(1152, 896, ROWS_8, ROWS_16);
-        check(896, 896, ROWS_8, ROWS_16);
+        check(1152, 896, ROWS_8_FEW, ROWS_16);
+        check(896, 896, ROWS_8_FEW, ROWS_16);
         check(9728, 896, ROWS_8_WIDE, ROWS_16_WIDE);
-        check(896, 4864, ROWS_8, ROWS_16);
+        check(896, 4864, ROWS_8_FEW, ROWS_16);
         check(151_936, 896, ROWS_8_MORE, ROWS_16_WIDE);
     }
 }
