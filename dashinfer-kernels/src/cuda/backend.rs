@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::description::{Rows, check_step, is_decode, padded};
 use super::device::Device;
 use super::graph::{Graph, Recording};
 use super::memory::{Buffer, Event};
 use super::ops::attention::{Attention, AttentionOperands};
-use super::ops::embed::{Embed, NOT_CARRIED};
+use super::ops::embed::Embed;
 use super::ops::gather_rows::GatherRows;
 use super::ops::linear::{CudaLinear, LinearMode, Linears};
-use super::ops::operand::Span;
 use super::ops::rms_norm::RmsNorm;
 use super::ops::rope::{PreparedRope, RopeAndCache, RopeOperands, RopeSizes};
 use super::ops::sample::{CudaSampler, Logits};
@@ -24,12 +24,13 @@ use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
 use super::records::{Next, Records};
 use super::step::{Steps, section};
+use super::tensors::{CudaKvCache, CudaTensor, CudaVector};
 use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
-    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow,
-    Sampled, StepRows, TensorUse, to_f32,
+    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope, SampleRow, Sampled,
+    StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -43,60 +44,6 @@ pub struct CudaConfig {
 
 /// Rows of the largest step that is recorded.
 const MOST_RECORDED: usize = 512;
-
-/// Activations or logits, `[rows, cols]`, with room for a fixed number of rows.
-#[derive(Debug)]
-pub struct CudaTensor {
-    buffer: Buffer,
-    dtype: DType,
-    max_rows: usize,
-    rows: usize,
-    cols: usize,
-}
-
-impl CudaTensor {
-    fn resize(&mut self, op: &'static str, rows: usize, cols: usize) -> Result<(), KernelError> {
-        check(op, "columns of the output", cols, self.cols)?;
-        if rows > self.max_rows {
-            return Err(KernelError::Shape {
-                op,
-                what: "room for rows in the output",
-                wanted: rows,
-                found: self.max_rows,
-            });
-        }
-        self.rows = rows;
-        Ok(())
-    }
-
-    fn span(&self) -> Span<'_> {
-        (&self.buffer).into()
-    }
-}
-
-/// Parameters in f32.
-#[derive(Debug)]
-pub struct CudaVector {
-    buffer: Buffer,
-    len: usize,
-}
-
-/// Keys and values of all layers: for each layer `[num_blocks, K, B, D]` keys, then as many values.
-#[derive(Debug)]
-pub struct CudaKvCache {
-    id: u64,
-    buffer: Buffer,
-    spec: KvCacheSpec,
-}
-
-impl CudaKvCache {
-    fn layer(&self, layer: usize) -> Result<[Span<'_>; 2], KernelError> {
-        let spec = &self.spec;
-        let half = spec.num_blocks * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.size_bytes();
-        let part = |index| Span::part(&self.buffer, index * half, half);
-        Ok([part(2 * layer)?, part(2 * layer + 1)?])
-    }
-}
 
 /// A kind of step that is recorded as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -145,17 +92,9 @@ pub struct CudaBackend {
     current: Current,
     steps: Steps,
     records: Records<RecordKey, Graph>,
-    rows: RowScratch,
-}
-
-/// Rows as they are copied to the device, with padding; kept for their memory.
-#[derive(Debug, Default)]
-struct RowScratch {
-    ids: Vec<u32>,
-    carried: Vec<u32>,
-    positions: Vec<u32>,
-    slots: Vec<u32>,
+    rows: Rows,
     num_units: Vec<u32>,
+    next_cache: AtomicU64,
 }
 
 impl std::fmt::Debug for CudaBackend {
@@ -196,7 +135,9 @@ impl CudaBackend {
             current: Current::default(),
             steps: Steps::new(device)?,
             records: Records::new(),
-            rows: RowScratch::default(),
+            rows: Rows::default(),
+            num_units: Vec::new(),
+            next_cache: AtomicU64::new(0),
         })
     }
 
@@ -254,56 +195,6 @@ impl CudaBackend {
         }
         Ok(())
     }
-}
-
-/// The rows of a recorded step with room for `rows`: few sizes, and little padding.
-fn padded(rows: usize) -> usize {
-    match rows {
-        0..=2 => rows,
-        3..=4 => 4,
-        5..=64 => rows.next_multiple_of(8),
-        65..=256 => rows.next_multiple_of(16),
-        _ => rows.next_multiple_of(32),
-    }
-}
-
-/// Checks a step against itself and the cache: kernels read what it names without looking.
-fn check_step(step: &StepRows<'_>, spec: &KvCacheSpec) -> Result<(), KernelError> {
-    const OP: &str = "begin_step";
-    let batch = step.paged;
-    let at_most = |what, wanted: usize, found: usize| {
-        if wanted <= found { Ok(()) } else { Err(KernelError::Shape { op: OP, what, wanted, found }) }
-    };
-    check(OP, "positions", step.ids.len(), batch.positions.len())?;
-    check(OP, "slots", step.ids.len(), batch.slots.len())?;
-    let mut row = 0;
-    for sequence in &batch.sequences {
-        check(OP, "first row of a sequence", row, sequence.first_row)?;
-        row += sequence.num_rows;
-        at_most("context of a sequence", sequence.num_rows, sequence.context_len)?;
-        at_most("blocks of a sequence", sequence.context_len.div_ceil(spec.block_size), sequence.num_blocks)?;
-        let end = sequence.first_block.saturating_add(sequence.num_blocks);
-        at_most("length of the block table", end, batch.block_table.len())?;
-    }
-    check(OP, "rows of the sequences", step.ids.len(), row)?;
-    let largest = |values: &[u32]| values.iter().max().map_or(0, |&value| value as usize + 1);
-    at_most("slots of the cache", largest(&batch.slots), spec.num_blocks * spec.block_size)?;
-    at_most("blocks of the cache", largest(&batch.block_table), spec.num_blocks)?;
-    at_most("rows", largest(step.logit_rows), step.ids.len())?;
-    let carried = step.carried.iter().map(|carried| carried.row as usize + 1).max().unwrap_or(0);
-    at_most("rows", carried, step.ids.len())
-}
-
-/// Whether a step is one row of each sequence, the row's position being its last and its slot where the block table has that.
-fn is_decode(batch: &PagedBatch, block_size: usize) -> bool {
-    let mut rows = batch.positions.iter().zip(&batch.slots).zip(&batch.sequences);
-    batch.sequences.len() == batch.positions.len()
-        && rows.all(|((&position, &slot), sequence)| {
-            let position = position as usize;
-            let block = batch.block_table.get(sequence.first_block + position / block_size);
-            sequence.context_len == position + 1
-                && block.is_some_and(|&block| block as usize * block_size + position % block_size == slot as usize)
-        })
 }
 
 impl Backend for CudaBackend {
@@ -375,13 +266,12 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<CudaKvCache, KernelError> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
         if spec.dtype != self.config.dtype {
             let what = format!("a cache in {} beside activations in {}", spec.dtype, self.config.dtype);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cuda" });
         }
         let buffer = self.device.alloc("the KV cache", spec.num_blocks.saturating_mul(spec.block_bytes()))?;
-        Ok(CudaKvCache { id: NEXT.fetch_add(1, Ordering::Relaxed), buffer, spec: *spec })
+        Ok(CudaKvCache { id: self.next_cache.fetch_add(1, Ordering::Relaxed), buffer, spec: *spec })
     }
 
     fn begin_step(
@@ -394,7 +284,8 @@ impl Backend for CudaBackend {
         // Of a step that failed while it was recorded.
         self.current = Current::default();
         self.uploader.release();
-        check_step(step, &cache.spec)?;
+        let num_sampled = self.sampler.as_ref().map_or(0, CudaSampler::num_last_ids);
+        check_step(step, &cache.spec, num_sampled)?;
         self.keep_ropes(ropes)?;
         let batch = step.paged;
         let num_rows = step.ids.len();
@@ -409,20 +300,7 @@ impl Backend for CudaBackend {
         self.max_slots = params.max_slots;
         self.plan.make(batch, &params, decodes.then_some(rows));
 
-        let scratch = &mut self.rows;
-        for (to, from, padding) in [
-            (&mut scratch.ids, step.ids, 0),
-            (&mut scratch.positions, &batch.positions[..], 0),
-            (&mut scratch.slots, &batch.slots[..], u32::MAX),
-            (&mut scratch.carried, &[][..], NOT_CARRIED),
-        ] {
-            to.clear();
-            to.extend_from_slice(from);
-            to.resize(rows, padding);
-        }
-        for carried in step.carried {
-            scratch.carried[carried.row as usize] = carried.sampled;
-        }
+        self.rows.take(step, rows);
         let last_ids = self.sampler.as_ref().map_or(0, CudaSampler::last_ids);
 
         let mut wanted = [0; section::COUNT];
@@ -440,14 +318,14 @@ impl Backend for CudaBackend {
         buffer.reserve(&wanted)?;
         let plan = &self.plan;
         buffer.fill(|sections| {
-            scratch.num_units.clear();
-            scratch.num_units.extend(plan.chunks.iter().map(|chunk| chunk.len() as u32));
-            sections.put(section::NUM_UNITS, &scratch.num_units);
-            sections.put(section::IDS, &scratch.ids);
-            sections.put(section::CARRIED, &scratch.carried);
+            self.num_units.clear();
+            self.num_units.extend(plan.chunks.iter().map(|chunk| chunk.len() as u32));
+            sections.put(section::NUM_UNITS, &self.num_units);
+            sections.put(section::IDS, &self.rows.ids);
+            sections.put(section::CARRIED, &self.rows.carried);
             sections.put(section::LAST_IDS, &[last_ids]);
-            sections.put(section::POSITIONS, &scratch.positions);
-            sections.put(section::SLOTS, &scratch.slots);
+            sections.put(section::POSITIONS, &self.rows.positions);
+            sections.put(section::SLOTS, &self.rows.slots);
             sections.put(section::LOGIT_ROWS, step.logit_rows);
             sections.put(section::UNITS, &plan.units);
             sections.put(section::TILES, &plan.tiles);
@@ -693,7 +571,7 @@ impl Backend for CudaBackend {
 mod tests {
     use super::super::device::test_device;
     use super::*;
-    use crate::{RopePairs, SequenceRows};
+    use crate::{PagedBatch, RopePairs, SequenceRows};
 
     const CONTEXTS: [usize; 3] = [70, 1, 300];
     const PARAMS: AttentionParams =
@@ -711,20 +589,6 @@ mod tests {
             batch.slots.push((block * 16 + (context_len - 1) % 16) as u32);
         }
         batch
-    }
-
-    #[test]
-    fn decodes_are_steps_whose_rows_are_last() {
-        assert!(is_decode(&decodes(), 16));
-        let changed = |change: fn(&mut PagedBatch)| {
-            let mut batch = decodes();
-            change(&mut batch);
-            is_decode(&batch, 16)
-        };
-        assert!(!changed(|batch| batch.positions[0] -= 1));
-        assert!(!changed(|batch| batch.slots[2] += 1));
-        assert!(!changed(|batch| batch.positions.push(0)));
-        assert!(!changed(|batch| batch.sequences[1].context_len += 1));
     }
 
     /// Rotation, storing and attention: as they come, recorded, and replayed; and as a step that attention gets rotated rows of.

@@ -15,6 +15,7 @@ use cudarc::driver::sys as driver;
 use super::device::{Arch, Device, checked};
 use super::library;
 use super::memory::{Buffer, Event};
+use super::quiet::quietly;
 use crate::{DType, KernelError};
 
 /// What the library may use for partial sums; on Hopper it asks for more.
@@ -88,7 +89,7 @@ impl CublasLt {
         library::open_cublaslt(Some(device.cuda))?;
         let bytes = workspace_bytes(device.arch);
         let workspace = device.alloc("the workspace of cuBLASLt", bytes)?;
-        let handle = result::create_handle().map_err(failed("cublasLtCreate"))?;
+        let handle = quietly(result::create_handle).map_err(failed("cublasLtCreate"))?;
         Ok(Self { device: Arc::clone(device), handle, workspace, plans: Mutex::default() })
     }
 
@@ -259,11 +260,10 @@ impl CublasLt {
 
 impl Drop for CublasLt {
     fn drop(&mut self) {
+        let _ = self.device.bind();
+        // Waits for everything in the context.
         // SAFETY: nobody uses it any more; the workspace's memory is given back after the work on it. Errors cannot be told.
-        unsafe {
-            let _ = self.device.bind();
-            let _ = result::destroy_handle(self.handle);
-        }
+        let _ = quietly(|| unsafe { result::destroy_handle(self.handle) });
     }
 }
 

@@ -12,6 +12,7 @@ use super::compiler::{Compiler, KernelSettings};
 use super::kernel::{Kernel, Module};
 use super::library::{self, Places};
 use super::memory::Buffer;
+use super::quiet::quietly;
 use super::units::Unit;
 use crate::KernelError;
 
@@ -128,7 +129,7 @@ impl Device {
             unsafe {
                 checked("cuCtxSetCurrent", sys::cuCtxSetCurrent(context))?;
                 let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-                checked("cuStreamCreate", sys::cuStreamCreate(&mut stream, flags))?;
+                checked("cuStreamCreate", quietly(|| sys::cuStreamCreate(&mut stream, flags)))?;
             }
             Ok(facts)
         };
@@ -208,8 +209,10 @@ impl Drop for Device {
             sys::cuCtxSetCurrent(self.context);
             sys::cuStreamSynchronize(self.stream);
             self.modules.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
-            sys::cuStreamDestroy_v2(self.stream);
-            sys::cuDevicePrimaryCtxRelease_v2(self.device);
+            quietly(|| {
+                sys::cuStreamDestroy_v2(self.stream);
+                sys::cuDevicePrimaryCtxRelease_v2(self.device);
+            });
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUresult};
 
 use super::device::{Device, checked};
+use super::quiet::Noise;
 use crate::KernelError;
 
 /// A recording under way: what goes to the stream is taken down instead of done. Dropping it gives the recording up.
@@ -12,15 +13,17 @@ use crate::KernelError;
 pub(crate) struct Recording {
     device: Arc<Device>,
     is_open: bool,
+    _noise: Noise,
 }
 
 impl Recording {
     /// Starts to record. Until [`finish`](Self::finish), this thread must not wait for the device or allocate on it.
     pub(crate) fn start(device: &Arc<Device>) -> Result<Self, KernelError> {
+        let noise = Noise::begin();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives and is not the default one.
         checked("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(device.stream(), mode) })?;
-        Ok(Self { device: Arc::clone(device), is_open: true })
+        Ok(Self { device: Arc::clone(device), is_open: true, _noise: noise })
     }
 
     /// Ends the recording.

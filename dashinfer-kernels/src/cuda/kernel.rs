@@ -7,6 +7,7 @@ use bytemuck::NoUninit;
 use cudarc::driver::sys::{self, CUresult};
 
 use super::device::{Device, checked};
+use super::quiet::quietly;
 use crate::KernelError;
 
 /// Loaded machine code.
@@ -23,7 +24,8 @@ impl Module {
     pub(super) fn load(image: &[u8]) -> Result<Self, KernelError> {
         let mut module = std::ptr::null_mut();
         // SAFETY: the image is one that the compiler made; the driver checks its header and size.
-        checked("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) })?;
+        let result = quietly(|| unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) });
+        checked("cuModuleLoadData", result)?;
         Ok(Self(module))
     }
 }
@@ -31,7 +33,7 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         // SAFETY: kernels keep their module alive, so nothing uses it any more; the context is current (`Device::drop`).
-        unsafe { sys::cuModuleUnload(self.0) };
+        quietly(|| unsafe { sys::cuModuleUnload(self.0) });
     }
 }
 

@@ -8,6 +8,7 @@ mod backend;
 mod cache;
 mod compiler;
 mod cublaslt;
+mod description;
 mod device;
 mod graph;
 mod images;
@@ -18,9 +19,11 @@ mod nvrtc;
 mod ops;
 mod plan;
 mod probe;
+mod quiet;
 mod records;
 mod step;
 mod tensor_map;
+mod tensors;
 #[cfg(test)]
 mod test_folder;
 mod units;
@@ -29,10 +32,11 @@ mod upload;
 use std::sync::Arc;
 
 pub use arch::Arch;
-pub use backend::{CudaBackend, CudaConfig, CudaKvCache, CudaTensor, CudaVector};
+pub use backend::{CudaBackend, CudaConfig};
 pub use compiler::KernelSettings;
 pub use device::num_devices;
 pub use ops::linear::CudaLinear;
+pub use tensors::{CudaKvCache, CudaTensor, CudaVector};
 
 use crate::{DType, KernelError};
 

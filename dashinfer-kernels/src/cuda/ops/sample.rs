@@ -396,6 +396,11 @@ impl CudaSampler {
         self.max_rows
     }
 
+    /// Rows of the newest launch.
+    pub(crate) fn num_last_ids(&self) -> usize {
+        self.num_newest
+    }
+
     /// The address of the ids of the newest launch, `u32` for each of its rows: what the next step's embedding reads.
     pub(crate) fn last_ids(&self) -> u64 {
         self.ids[self.newest].ptr()
