@@ -283,6 +283,9 @@ impl Bench {
             return Err("sequences were preempted, and computed twice: the cache is too small".into());
         }
         if !self.options.json {
+            if self.options.device != Device::Cpu {
+                self.print_host();
+            }
             self.print_memory();
         }
         Ok(())
@@ -389,6 +392,16 @@ impl Bench {
         let rate = rate(limit, bytes, flops, seconds);
         let (percent, limit) = (100.0 * fraction, limit.name());
         println!("{name:<24} {tokens_per_second:>10.1} tokens/s {rate:>16} {percent:>4.0} % of {limit}");
+    }
+
+    /// What the host did beside the device, and whether the device waited for it.
+    fn print_host(&self) {
+        let stats = self.engine.stats();
+        let per_step = |time: Duration| time.as_secs_f64() * 1e6 / stats.steps.max(1) as f64;
+        let (plan, submit) = (per_step(stats.plan_time), per_step(stats.submit_time));
+        let (starved, time) = (stats.starved_steps, stats.starved_time.as_secs_f64() * 1e3);
+        println!("\n{} steps; the host took {plan:.0} µs to plan and {submit:.0} µs to submit each", stats.steps);
+        println!("the device had nothing to do before {starved} of them, for {time:.1} ms in all");
     }
 
     fn print_memory(&self) {
