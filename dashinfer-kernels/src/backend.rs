@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use crate::error::check;
 use crate::{DType, KernelError, SampleRow, Sampled};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
@@ -152,6 +153,29 @@ pub struct AttentionParams {
     pub scale: f32,
     /// With `Some(w)`, position `p` sees positions `p - w + 1 ..= p` only.
     pub window: Option<usize>,
+}
+
+impl AttentionParams {
+    /// Whether `[rows, cols]` of q, k and v, and layer `layer` of a cache, are those of this attention in a step of `step_rows`.
+    pub(crate) fn check(
+        &self,
+        op: &'static str,
+        step_rows: usize,
+        [rows, cols]: [usize; 2],
+        cache: &KvCacheSpec,
+        layer: usize,
+    ) -> Result<(), KernelError> {
+        check(op, "rows", step_rows, rows)?;
+        check(op, "columns of qkv", (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, cols)?;
+        check(op, "key/value heads of the cache", self.num_kv_heads, cache.num_kv_heads)?;
+        check(op, "head size of the cache", self.head_dim, cache.head_dim)?;
+        let groups = self.num_heads / self.num_kv_heads.max(1);
+        check(op, "query heads", groups.max(1) * self.num_kv_heads, self.num_heads)?;
+        if layer < cache.num_layers {
+            return Ok(());
+        }
+        Err(KernelError::Shape { op, what: "layers of the cache", wanted: layer + 1, found: cache.num_layers })
+    }
 }
 
 /// RMSNorm on each head of q and of k (Qwen3).

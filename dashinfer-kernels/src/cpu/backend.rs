@@ -159,20 +159,7 @@ impl CpuBackend {
         layer: usize,
         params: &AttentionParams,
     ) -> Result<(), KernelError> {
-        check(op, "rows", self.batch.positions.len(), qkv.rows)?;
-        check(op, "columns of qkv", (params.num_heads + 2 * params.num_kv_heads) * params.head_dim, qkv.cols)?;
-        check(op, "key/value heads of the cache", params.num_kv_heads, spec.num_kv_heads)?;
-        check(op, "head size of the cache", params.head_dim, spec.head_dim)?;
-        let groups = params.num_heads / params.num_kv_heads.max(1);
-        check(op, "query heads", groups.max(1) * params.num_kv_heads, params.num_heads)?;
-        if layer >= spec.num_layers {
-            return Err(KernelError::Shape {
-                op,
-                what: "layers of the cache",
-                wanted: layer + 1,
-                found: spec.num_layers,
-            });
-        }
+        params.check(op, self.batch.positions.len(), [qkv.rows, qkv.cols], spec, layer)?;
         let slots = spec.num_blocks * spec.block_size;
         let wanted = self.num_slots_named;
         if wanted > slots {

@@ -56,6 +56,8 @@ struct RecordKey {
 /// What is known of the step that was begun.
 #[derive(Debug, Default)]
 struct Current {
+    /// The cache that it is on; 0 for none.
+    cache: u64,
     /// With padding.
     rows: usize,
     num_logit_rows: usize,
@@ -137,7 +139,7 @@ impl CudaBackend {
             records: Records::new(),
             rows: Rows::default(),
             num_units: Vec::new(),
-            next_cache: AtomicU64::new(0),
+            next_cache: AtomicU64::new(1),
         })
     }
 
@@ -151,21 +153,13 @@ impl CudaBackend {
         &self,
         op: &'static str,
         qkv: &CudaTensor,
-        spec: &KvCacheSpec,
+        cache: &CudaKvCache,
         layer: usize,
         params: &AttentionParams,
     ) -> Result<(), KernelError> {
-        check(op, "rows", self.current.rows, qkv.rows)?;
-        check(op, "columns of qkv", (params.num_heads + 2 * params.num_kv_heads) * params.head_dim, qkv.cols)?;
-        check(op, "key/value heads of the cache", params.num_kv_heads, spec.num_kv_heads)?;
-        check(op, "head size of the cache", params.head_dim, spec.head_dim)?;
-        let groups = params.num_heads / params.num_kv_heads.max(1);
-        check(op, "query heads", groups.max(1) * params.num_kv_heads, params.num_heads)?;
-        if layer >= spec.num_layers {
-            let (wanted, found) = (layer + 1, spec.num_layers);
-            return Err(KernelError::Shape { op, what: "layers of the cache", wanted, found });
-        }
-        Ok(())
+        // Slots and blocks of the step were checked against this one.
+        check(op, "number of the cache that the step was begun on", self.current.cache as usize, cache.id as usize)?;
+        params.check(op, self.current.rows, [qkv.rows, qkv.cols], &cache.spec, layer)
     }
 
     /// Rotates what was left to attention, if there is something.
@@ -333,7 +327,7 @@ impl Backend for CudaBackend {
         })?;
 
         let num_logit_rows = step.logit_rows.len();
-        self.current = Current { rows, num_logit_rows, is_decode: decodes, ..Current::default() };
+        self.current = Current { cache: cache.id, rows, num_logit_rows, is_decode: decodes, ..Current::default() };
         self.linears.set_repeats(false);
         // A recorded step knows where its lists are, not how they are cut.
         if !decodes || self.plan.chunks.len() > 1 {
@@ -456,7 +450,7 @@ impl Backend for CudaBackend {
         qk_norm: Option<QkNorm<'_, CudaVector>>,
     ) -> Result<(), KernelError> {
         const OP: &str = "rope_and_cache";
-        self.check_attention(OP, qkv, &cache.spec, layer, params)?;
+        self.check_attention(OP, qkv, cache, layer, params)?;
         self.finish_rope()?;
         let Some((rope, inv_freq)) = self.inv_freq.get(rope) else {
             let (wanted, found) = (rope + 1, self.inv_freq.len());
@@ -499,7 +493,7 @@ impl Backend for CudaBackend {
         params: &AttentionParams,
     ) -> Result<(), KernelError> {
         const OP: &str = "attention";
-        self.check_attention(OP, qkv, &cache.spec, layer, params)?;
+        self.check_attention(OP, qkv, cache, layer, params)?;
         out.resize(OP, qkv.rows, params.num_heads * params.head_dim)?;
         let of = (cache.id, layer, qkv.buffer.ptr());
         let left = self.current.rope.take_if(|(left, _)| *left == of);
