@@ -3,6 +3,9 @@
 //! This crate knows arithmetic and devices; it knows no model, request or async runtime. [`Backend`] is the contract that
 //! models are written against.
 
+#[cfg(all(feature = "cuda", not(unix)))]
+compile_error!("the feature `cuda` is for Unix: CUDA's libraries are opened with `dlopen`");
+
 mod backend;
 pub mod cpu;
 #[cfg(feature = "cuda")]
