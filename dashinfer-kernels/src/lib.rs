@@ -12,6 +12,8 @@ pub mod cpu;
 pub mod cuda;
 mod dtype;
 mod error;
+#[cfg(test)]
+mod random;
 mod sample;
 
 pub use backend::{

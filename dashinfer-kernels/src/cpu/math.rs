@@ -39,19 +39,12 @@ pub(crate) fn sum8(x: std::arch::x86_64::__m256) -> f32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use crate::random::SplitMix64;
+
     /// `len` values in −1..1, the same for the same seed.
     pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
-        (0..len)
-            .map(|_| {
-                // SplitMix64, <https://doi.org/10.1145/2714064.2660195>
-                state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-                let mut z = state;
-                z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-                z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-                ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
+        let mut random = SplitMix64(seed ^ 0x9e37_79b9_7f4a_7c15);
+        (0..len).map(|_| random.value()).collect()
     }
 
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]

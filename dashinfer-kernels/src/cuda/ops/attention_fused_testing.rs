@@ -118,7 +118,7 @@ pub(super) fn check_fused(device: &Arc<Device>, case: &Case, rotation: Rotation,
     let mut prepared = Prepared::new(device, &cached, case, seed);
     let rotator = Rotator::new(device, &prepared, rotation);
     let raw = bytes(&prepared.qkv.on_device);
-    let [k, v] = [&prepared.k, &prepared.v].map(|half| bytes_of(&without_own(&prepared, &half.values), dtype));
+    let [k, v] = [&prepared.k, &prepared.v].map(|half| to_bytes(&without_own(&prepared, &half.values), dtype));
 
     let qkv = upload(device, &raw);
     let cache = [upload(device, &k), upload(device, &v)];

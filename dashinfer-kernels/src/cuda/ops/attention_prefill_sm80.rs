@@ -202,7 +202,7 @@ mod tests {
             }
             values
         });
-        let cache = stores.each_ref().map(|values| upload(device, &bytes_of(values, dtype)));
+        let cache = stores.each_ref().map(|values| upload(device, &to_bytes(values, dtype)));
         let qkv = Values::of(
             device,
             dtype,

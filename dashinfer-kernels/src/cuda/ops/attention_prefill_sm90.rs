@@ -191,38 +191,12 @@ impl AttentionPrefillSm90 {
 
 #[cfg(test)]
 mod tests {
-    use half::{bf16, f16};
-
+    use super::super::testing::{poisoned, test_device, to_bytes, upload, words};
     use super::*;
-    use crate::cuda::device::test_device;
     use crate::cuda::memory::{Buffer, Event};
     use crate::cuda::plan::PrefillTile;
+    use crate::random::SplitMix64;
     use crate::to_f32;
-
-    /// SplitMix64.
-    struct Random(u64);
-
-    impl Random {
-        fn bits(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^ (z >> 31)
-        }
-
-        /// In -1..1.
-        fn value(&mut self) -> f32 {
-            (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
-        }
-    }
-
-    fn encoded(values: &[f32], dtype: DType) -> Vec<u8> {
-        match dtype {
-            DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-            _ => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-        }
-    }
 
     /// What queries and values are made of: simpler ones tell where a fault is.
     #[derive(Debug, Clone, Copy, PartialEq)]
@@ -258,7 +232,7 @@ mod tests {
         let Shape { dtype, num_heads, num_kv_heads, head_dim, block_size } = case.shape;
         let [h, kv, d, b] = [num_heads, num_kv_heads, head_dim, block_size].map(|n| n as usize);
         let kernel = AttentionPrefillSm90::new(device, case.shape).unwrap();
-        let mut random = Random(0x5eed ^ u64::from(head_dim) << 20 ^ u64::from(block_size));
+        let mut random = SplitMix64(0x5eed ^ u64::from(head_dim) << 20 ^ u64::from(block_size));
 
         // Rows of sequences, each behind three rows of nobody; blocks in disorder, with some of nobody, as are table entries.
         let columns = (h + 2 * kv) * d;
@@ -305,17 +279,11 @@ mod tests {
                 }
             }
         }
-        let upload = |bytes: &[u8]| {
-            let buffer = device.alloc("test", bytes.len()).unwrap();
-            buffer.upload(0, bytes).unwrap();
-            buffer
-        };
-        let stored = [&qkv, &cache[0], &cache[1]].map(|values| encoded(values, dtype));
-        let buffers = [0, 1, 2].map(|i: usize| upload(&stored[i]));
-        let [qkv, k, v] = [0, 1, 2].map(|i: usize| to_f32(&stored[i], dtype));
-        let out = device.alloc("test", num_rows * h * d * 2).unwrap();
-        out.fill(0, out.bytes(), 0xff).unwrap();
-        let (tiles_buffer, table_buffer) = (upload(bytemuck::cast_slice(&tiles)), upload(bytemuck::cast_slice(&table)));
+        let stored = [&qkv, &cache[0], &cache[1]].map(|values| to_bytes(values, dtype));
+        let buffers = stored.each_ref().map(|bytes| upload(device, bytes));
+        let [qkv, k, v] = stored.each_ref().map(|bytes| to_f32(bytes, dtype));
+        let out = poisoned(device, num_rows * h * d * 2);
+        let (tiles_buffer, table_buffer) = (upload(device, bytemuck::cast_slice(&tiles)), words(device, &table));
         let maps = kernel.cache_maps(buffers[1].ptr(), buffers[2].ptr(), num_blocks).unwrap();
         let scale = 1.0 / (d as f32).sqrt();
         let operands = Operands {
@@ -482,9 +450,9 @@ mod tests {
 
     /// A buffer of random values, of which the first 2^20 are repeated.
     fn noise(device: &Arc<Device>, elements: usize, dtype: DType) -> Buffer {
-        let mut random = Random(elements as u64);
+        let mut random = SplitMix64(elements as u64);
         let values: Vec<f32> = (0..(1 << 20).min(elements)).map(|_| 2.0 * random.value()).collect();
-        let bytes = encoded(&values, dtype);
+        let bytes = to_bytes(&values, dtype);
         let buffer = device.alloc("bench", elements * 2).unwrap();
         for offset in (0..elements * 2).step_by(bytes.len()) {
             buffer.upload(offset, &bytes[..bytes.len().min(elements * 2 - offset)]).unwrap();
@@ -536,12 +504,7 @@ mod tests {
                 .collect();
             tiles.reverse();
             let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
-            let [tiles_buffer, table_buffer] = [bytemuck::cast_slice(&tiles), bytemuck::cast_slice::<u32, u8>(&table)]
-                .map(|bytes| {
-                    let buffer = device.alloc("bench", bytes.len()).unwrap();
-                    buffer.upload(0, bytes).unwrap();
-                    buffer
-                });
+            let (tiles_buffer, table_buffer) = (upload(&device, bytemuck::cast_slice(&tiles)), words(&device, &table));
             let maps = kernel.cache_maps(cache[0].ptr(), cache[1].ptr(), num_blocks).unwrap();
             let operands = Operands {
                 out: out.ptr(),

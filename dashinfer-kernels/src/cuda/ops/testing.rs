@@ -5,26 +5,21 @@ use std::time::Duration;
 
 use half::{bf16, f16};
 
+pub(super) use crate::cpu::to_bytes;
 pub(super) use crate::cuda::device::test_device;
 
 use crate::cuda::device::Device;
 use crate::cuda::graph::Recording;
 use crate::cuda::memory::{Buffer, Event};
+use crate::random::SplitMix64;
 use crate::{DType, KernelError};
 
 pub(super) const TYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
-/// Uniform in -1..1 (SplitMix64).
+/// Uniform in -1..1.
 pub(super) fn random(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
+    let mut random = SplitMix64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    (0..count).map(|_| random.value()).collect()
 }
 
 /// As an element of `dtype` holds it.
@@ -45,14 +40,6 @@ pub(super) fn step(dtype: DType) -> f64 {
     }
 }
 
-pub(super) fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
-    match dtype {
-        DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        DType::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-        DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-    }
-}
-
 /// Values on the device, and what they are after rounding to their type.
 pub(super) struct Values {
     pub(super) values: Vec<f32>,
@@ -61,7 +48,7 @@ pub(super) struct Values {
 
 impl Values {
     pub(super) fn of(device: &Arc<Device>, dtype: DType, values: &[f32]) -> Self {
-        let on_device = upload(device, &bytes_of(values, dtype));
+        let on_device = upload(device, &to_bytes(values, dtype));
         Self { values: values.iter().map(|&value| rounded(value, dtype)).collect(), on_device }
     }
 

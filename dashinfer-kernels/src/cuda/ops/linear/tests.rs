@@ -41,7 +41,7 @@ impl Case {
         let weight = Values::random(device, dtype, n * k, !seed);
         // Values of the element type: the same bias for every way.
         let bias: Vec<f32> = random(n, seed ^ 5).iter().map(|&value| rounded(value, dtype)).collect();
-        let on_device = |dtype| has_bias.then(|| upload(device, &bytes_of(&bias, dtype)));
+        let on_device = |dtype| has_bias.then(|| upload(device, &to_bytes(&bias, dtype)));
         let layer = CudaLinear {
             weight: weight.on_device,
             bias_f32: on_device(DType::F32),
