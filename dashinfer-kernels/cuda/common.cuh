@@ -120,26 +120,11 @@ __device__ __forceinline__ u32 smem_u32(const void* p) { return u32(__cvta_gener
 
 // --- reductions --------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename X>
+__device__ __forceinline__ X warp_sum(X x) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane >>= 1) x += __shfl_xor_sync(ALL_LANES, x, lane);
     return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int lane = 16; lane > 0; lane >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lane));
-    return x;
-}
-
-// The sum over the block, in every thread; the order is fixed. blockDim.x is a multiple of 32, at most 1024.
-__device__ __forceinline__ float block_sum(float x) {
-    __shared__ float of_warp[32];
-    x = warp_sum(x);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    __syncthreads(); // of an earlier use
-    if (lane == 0) of_warp[warp] = x;
-    __syncthreads();
-    return warp_sum(lane < num_warps ? of_warp[lane] : 0.f);
 }
 
 // --- programmatic dependent launch -------------------------------------------------------------------------------------

@@ -53,16 +53,6 @@ __device__ __forceinline__ void barrier_arrive(u32 id, u32 threads) {
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-__device__ __forceinline__ void copy_tensor_2d(u32 smem, const TensorMap* map, u32 barrier, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
-                 "l"(map), "r"(barrier), "r"(x), "r"(y)
-                 : "memory");
-}
-__device__ __forceinline__ void copy_tensor_3d(u32 smem, const TensorMap* map, u32 barrier, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem),
-                 "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-                 : "memory");
-}
 __device__ __forceinline__ void copy_tensor_4d(u32 smem, const TensorMap* map, u32 barrier, int x, int y, int z, int w) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem),

@@ -296,11 +296,6 @@ __device__ __forceinline__ Shared& shared_memory() {
     return shared;
 }
 
-__device__ __forceinline__ u64 warp_sum(u64 x) {
-#pragma unroll
-    for (int lane = 16; lane > 0; lane >>= 1) x += __shfl_xor_sync(ALL_LANES, x, lane);
-    return x;
-}
 __device__ __forceinline__ u64 warp_best(u64 x) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane >>= 1) {
