@@ -85,7 +85,11 @@ impl FromStr for Kernels {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Isa::ALL.into_iter().find(|isa| isa.name() == text).map(Self).ok_or("known are scalar, avx2 and avx512")
+        Isa::ALL
+            .into_iter()
+            .find(|isa| isa.name() == text)
+            .map(Self)
+            .ok_or("known are scalar, avx2, avx512, avx512vnni, avx512bf16, amx, neon, dotprod, i8mm and sve")
     }
 }
 

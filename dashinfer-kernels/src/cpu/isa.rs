@@ -1,6 +1,7 @@
 //! Instruction sets: which one a kernel variant needs, and which ones this machine has.
 
-/// An instruction set that kernel variants are written for, from the least to the most capable of an architecture.
+/// An instruction set that kernel variants are written for, from the least to the most capable of an architecture. Each
+/// includes those of its architecture before it. An operator without kernels for one of them uses those of the next lesser.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Isa {
@@ -8,22 +9,53 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C (Haswell and Zen, and later).
     Avx2,
-    /// x86-64 with AVX-512F beside all of [`Avx2`](Self::Avx2) (Skylake-SP and Zen 4, and later). Only dense products have
-    /// kernels of their own; the others run on AVX2.
+    /// x86-64 with AVX-512F, BW, DQ and VL (Skylake-SP and Zen 4, and later).
     Avx512,
+    /// x86-64 with AVX-512 VNNI: dot products of integers (Cascade Lake and Zen 4, and later).
+    Avx512Vnni,
+    /// x86-64 with AVX-512 BF16: dot products of bf16 (Cooper Lake and Zen 4, and later).
+    Avx512Bf16,
+    /// x86-64 with the AMX tiles for int8 and bf16 (Sapphire Rapids, and later). Linux only, which must let the process use them.
+    Amx,
+    /// 64-bit Arm with NEON: every one.
+    Neon,
+    /// 64-bit Arm with `dotprod` (Neoverse N1, Apple M1, and later).
+    DotProd,
+    /// 64-bit Arm with `i8mm` and `bf16` (Neoverse V1 and N2, Apple M2, and later).
+    I8mm,
+    /// 64-bit Arm with SVE beside all of [`I8mm`](Self::I8mm) (Neoverse V1 and N2, and later).
+    Sve,
 }
 
 impl Isa {
-    /// All of them, from the least to the most capable.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    /// All of them, from the least to the most capable of each architecture.
+    pub const ALL: [Self; 10] = [
+        Self::Scalar,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Avx512Bf16,
+        Self::Amx,
+        Self::Neon,
+        Self::DotProd,
+        Self::I8mm,
+        Self::Sve,
+    ];
 
-    /// Its name on command lines: `scalar`, `avx2`, `avx512`.
+    /// Its name on command lines: `scalar`, `avx2`, `avx512`, `avx512vnni`, `avx512bf16`, `amx`, `neon`, `dotprod`, `i8mm`, `sve`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
+            Self::Neon => "neon",
+            Self::DotProd => "dotprod",
+            Self::I8mm => "i8mm",
+            Self::Sve => "sve",
         }
     }
 
@@ -37,16 +69,42 @@ impl Isa {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-            Self::Avx512 => Self::Avx2.is_available() && is_x86_feature_detected!("avx512f"),
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+            Self::Avx512Vnni => Self::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+            Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+            Self::Amx => Self::Avx512Bf16.is_available() && super::amx::is_available(),
+            #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+            Self::DotProd => Self::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+            Self::I8mm => {
+                Self::DotProd.is_available()
+                    && std::arch::is_aarch64_feature_detected!("i8mm")
+                    && std::arch::is_aarch64_feature_detected!("bf16")
+            }
+            #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+            Self::Sve => Self::I8mm.is_available() && std::arch::is_aarch64_feature_detected!("sve"),
             #[cfg(not(all(feature = "x86", target_arch = "x86_64")))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => false,
+            #[cfg(not(all(feature = "arm", target_arch = "aarch64")))]
+            Self::Neon | Self::DotProd | Self::I8mm | Self::Sve => false,
         }
     }
 
     /// The best one of this machine.
     #[must_use]
     pub fn best() -> Self {
-        [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.is_available()).unwrap_or(Self::Scalar)
+        Self::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Self::Scalar)
     }
 }
 

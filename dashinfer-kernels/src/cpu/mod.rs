@@ -1,6 +1,8 @@
 //! The CPU: one scalar definition of every operator, fast siblings beside it, and a pool of threads.
 
 mod aligned;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod amx;
 mod attention;
 mod backend;
 mod isa;
