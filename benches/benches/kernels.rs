@@ -123,7 +123,7 @@ impl Kernels {
         let bytes = to_bytes(&values, dtype);
         let view = MatrixView { bytes: &bytes, dtype, rows: out_cols, cols };
         let setup = |backend: &mut CpuBackend| {
-            let mut weights = Rotation::new(copies, || backend.pack(&[view], None).expect(FITS));
+            let mut weights = Rotation::new(copies, || backend.pack(&[view], None, None).expect(FITS));
             let (x, mut out) = (tensor(backend, rows, cols), tensor(backend, rows, out_cols));
             move |backend: &mut CpuBackend| backend.linear(&mut out, &x, weights.next()).expect(FITS)
         };
@@ -270,7 +270,7 @@ impl Kernels {
         let ids: Vec<Vec<u32>> = (0..64).map(|list| ids(rows, list)).collect();
         let view = MatrixView { bytes: &bytes, dtype, rows: VOCAB, cols: HIDDEN };
         let setup = |backend: &mut CpuBackend| {
-            let table = backend.pack(&[view], None).expect(FITS);
+            let table = backend.pack(&[view], None, None).expect(FITS);
             let mut out = tensor(backend, rows, HIDDEN);
             let mut lists = ids.iter().cycle();
             let batch = paged(1, rows, rows);

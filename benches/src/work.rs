@@ -27,7 +27,7 @@ impl Work {
     /// The work of `spec`, whose packed weights take `weight_bytes` with elements of `element_bytes`, and whose cache takes
     /// `kv_bytes_per_token`.
     #[must_use]
-    pub fn new(spec: &ModelSpec, weight_bytes: u64, element_bytes: usize, kv_bytes_per_token: u64) -> Self {
+    pub fn new(spec: &ModelSpec, weight_bytes: u64, element_bytes: f64, kv_bytes_per_token: u64) -> Self {
         let attention = spec.attention;
         let [hidden, q, kv, mlp, vocab] = [
             spec.hidden_size,
@@ -38,7 +38,7 @@ impl Work {
         ]
         .map(|size| size as f64);
         let head = hidden * vocab;
-        let only_gathered = if spec.tied_embeddings { 0.0 } else { head * element_bytes as f64 };
+        let only_gathered = if spec.tied_embeddings { 0.0 } else { head * element_bytes };
         Self {
             layers: spec.num_layers() as f64,
             qkv: hidden * (q + 2.0 * kv),
@@ -91,7 +91,7 @@ mod tests {
     fn work(shape: &str) -> Work {
         let spec = shapes::named(shape).unwrap();
         let kv_bytes = 2 * spec.num_layers() * spec.attention.num_kv_heads * spec.attention.head_dim * 2;
-        Work::new(&spec, 2 * spec.num_parameters(), 2, kv_bytes as u64)
+        Work::new(&spec, 2 * spec.num_parameters(), 2.0, kv_bytes as u64)
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use crate::error::check;
-use crate::{DType, KernelError, SampleRow, Sampled};
+use crate::{DType, KernelError, SampleRow, Sampled, Scheme};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
 #[derive(Debug, Clone, Copy)]
@@ -224,11 +224,16 @@ pub trait Backend: Send + 'static {
     fn vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
 
     /// Packs `parts`, stacked along the output features (q, k and v; gate and up), into one matrix. All parts have the same
-    /// number of columns and the same type. `bias`: `[sum of rows]`.
-    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<Self::Linear, KernelError>;
+    /// number of columns and the same type. `bias`: `[sum of rows]`. With a scheme, they are quantized on the way.
+    fn pack(
+        &self,
+        parts: &[MatrixView<'_>],
+        bias: Option<&[f32]>,
+        scheme: Option<Scheme>,
+    ) -> Result<Self::Linear, KernelError>;
 
-    /// Bytes of device memory that a packed `[rows, cols]` matrix of `dtype` takes.
-    fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType) -> usize;
+    /// Bytes of device memory that a packed `[rows, cols]` matrix takes, of `dtype` or quantized.
+    fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize;
 
     /// An empty cache.
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<Self::KvCache, KernelError>;

@@ -16,6 +16,14 @@ pub enum KernelError {
         /// What was given.
         found: usize,
     },
+    /// Infinities, or what is not a number, where neither can be.
+    #[error("{op}: {what} is not finite")]
+    NotFinite {
+        /// The operator.
+        op: &'static str,
+        /// Which value.
+        what: &'static str,
+    },
     /// A combination that this backend does not implement.
     #[error("{op}: {what} is not supported by the {backend} backend")]
     Unsupported {

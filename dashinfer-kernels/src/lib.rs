@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod cuda;
 mod dtype;
 mod error;
+mod quant;
 #[cfg(test)]
 mod random;
 mod sample;
@@ -22,4 +23,5 @@ pub use backend::{
 };
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
+pub use quant::{Group, Scheme};
 pub use sample::{SampleParams, SampleRow, SampleScratch, Sampled, sample_row};

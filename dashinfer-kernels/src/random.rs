@@ -17,3 +17,9 @@ impl SplitMix64 {
         (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 }
+
+/// `len` values in −1..1, the same for the same seed.
+pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut random = SplitMix64(seed ^ 0x9e37_79b9_7f4a_7c15);
+    (0..len).map(|_| random.value()).collect()
+}

@@ -9,7 +9,7 @@
 use dashinfer_kernels::{Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
 
 use crate::{
-    ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, StepLimits, WeightSource,
+    ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits, WeightSource,
     activations::Activations,
     loader,
     weights::{LayerWeights, Weights},
@@ -30,7 +30,7 @@ pub struct Decoder<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Loads the weights of `spec` from `source` onto `backend`, with room for steps of `limits`.
+    /// Loads the weights of `spec` from `source` onto `backend`, quantized as is asked for, with room for steps of `limits`.
     ///
     /// # Errors
     /// [`LoadError::Weights`] before anything is packed if `source` is not a checkpoint of `spec`, [`LoadError::Config`] for a
@@ -40,10 +40,11 @@ impl<B: Backend> Decoder<B> {
         spec: ModelSpec,
         source: &mut dyn WeightSource,
         limits: StepLimits,
+        quantization: Quantization,
         on_progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
         spec.check()?;
-        let weights = loader::load(&backend, &spec, source, on_progress)?;
+        let weights = loader::load(&backend, &spec, source, quantization, on_progress)?;
         let activations = Activations::new(&backend, &spec, limits)?;
         let ropes = spec.ropes.iter().map(|rope| rope.rope()).collect();
         Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0 })

@@ -1,9 +1,9 @@
 //! What a model will take of a device's memory, known from its config and the headers of its checkpoint.
 
-use dashinfer_kernels::DType;
+use dashinfer_kernels::{DType, Scheme};
 
 use crate::{
-    ModelSpec, StepLimits, StoredType, WeightSource, WeightsError,
+    ModelSpec, Quantization, StepLimits, StoredType, WeightSource, WeightsError,
     activations::Widths,
     loader::{common_type, float_type, prove},
     weights::{Fill, LinearPlan, Part, Plan, VectorPlan},
@@ -23,7 +23,7 @@ pub struct MemoryEstimate {
 
 impl MemoryEstimate {
     /// Estimates a load of `source` as `spec`, with activations of type `compute`. `packed_bytes` is the backend's
-    /// ([`Backend::packed_bytes`](dashinfer_kernels::Backend::packed_bytes)), or [`panel_bytes`] where there is none yet.
+    /// ([`Backend::packed_bytes`](dashinfer_kernels::Backend::packed_bytes)).
     ///
     /// # Errors
     /// Those of the load itself: weights that do not fit the spec.
@@ -33,11 +33,12 @@ impl MemoryEstimate {
         compute: DType,
         kv_dtype: DType,
         limits: StepLimits,
-        packed_bytes: &dyn Fn(usize, usize, DType) -> usize,
+        quantization: Quantization,
+        packed_bytes: &PackedBytes<'_>,
     ) -> Result<Self, WeightsError> {
         let plan = Plan::new(spec);
         prove(&plan, source)?;
-        let mut sum = Sum { source, packed_bytes, bytes: 0 };
+        let mut sum = Sum { source, quantization, packed_bytes, bytes: 0 };
         plan.fill(&mut sum)?;
         Ok(Self {
             weight_bytes: sum.bytes,
@@ -47,15 +48,13 @@ impl MemoryEstimate {
     }
 }
 
-/// The size of a matrix packed by a backend that pads rows to panels of 16.
-#[must_use]
-pub fn panel_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
-    rows.next_multiple_of(16) * cols * dtype.size_bytes()
-}
+/// Bytes of a packed matrix: `(rows, cols, stored type, scheme)`.
+pub type PackedBytes<'a> = dyn Fn(usize, usize, DType, Option<Scheme>) -> usize + 'a;
 
 struct Sum<'a> {
     source: &'a dyn WeightSource,
-    packed_bytes: &'a dyn Fn(usize, usize, DType) -> usize,
+    quantization: Quantization,
+    packed_bytes: &'a PackedBytes<'a>,
     bytes: u64,
 }
 
@@ -71,8 +70,9 @@ impl Fill<(), ()> for Sum<'_> {
     type Error = WeightsError;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<(), WeightsError> {
+        let scheme = self.quantization.scheme(plan.role);
         let types = plan.parts.iter().map(|part| self.stored_type(part)).collect::<Result<Vec<_>, _>>()?;
-        self.bytes += (self.packed_bytes)(plan.rows(), plan.cols, common_type(types)) as u64;
+        self.bytes += (self.packed_bytes)(plan.rows(), plan.cols, common_type(types), scheme) as u64;
         if plan.bias {
             self.bytes += (plan.rows() * size_of::<f32>()) as u64;
         }
@@ -87,6 +87,8 @@ impl Fill<(), ()> for Sum<'_> {
 
 #[cfg(test)]
 mod tests {
+    use dashinfer_kernels::cpu::packed_bytes;
+
     use super::*;
     use crate::{RandomWeights, shapes};
 
@@ -95,7 +97,9 @@ mod tests {
         let spec = shapes::named("qwen2.5-0.5b").unwrap();
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
         let source = RandomWeights::new(&spec, 0);
-        let found = MemoryEstimate::new(&spec, &source, DType::F32, DType::BF16, limits, &panel_bytes).unwrap();
+        let found =
+            MemoryEstimate::new(&spec, &source, DType::F32, DType::BF16, limits, Quantization::NONE, &packed_bytes)
+                .unwrap();
         // 494,032,768 parameters in two bytes; the 49 norms and 24 biases take four.
         let in_f32 = 49 * 896 + 24 * (896 + 2 * 128);
         assert_eq!(found.weight_bytes, 494_032_768 * 2 + 2 * in_f32);
@@ -103,24 +107,47 @@ mod tests {
         let per_token = 3 * 896 + (896 + 256) + 896 + 2 * 4864 + 4864;
         let per_logit_row = 896 + 896 + 151_936;
         assert_eq!(found.activation_bytes, 4 * (512 * per_token + 8 * per_logit_row));
-        let halved = MemoryEstimate::new(&spec, &source, DType::F16, DType::BF16, limits, &panel_bytes).unwrap();
+        let halved =
+            MemoryEstimate::new(&spec, &source, DType::F16, DType::BF16, limits, Quantization::NONE, &packed_bytes)
+                .unwrap();
         // Logits stay f32.
         let wanted = 2 * (512 * per_token + 8 * (per_logit_row - 151_936)) + 4 * 8 * 151_936;
         assert_eq!(halved.activation_bytes, wanted);
     }
 
     #[test]
-    fn rows_are_padded_to_panels() {
-        assert_eq!(panel_bytes(17, 3, DType::F16), 32 * 3 * 2);
-        assert_eq!(panel_bytes(16, 3, DType::F32), 16 * 3 * 4);
+    fn schemes_count_as_what_they_take() {
+        let spec = shapes::named("qwen2.5-0.5b").unwrap();
+        let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
+        let source = RandomWeights::new(&spec, 0);
+        let bytes = |quantization| {
+            MemoryEstimate::new(&spec, &source, DType::F32, DType::F32, limits, quantization, &packed_bytes)
+                .unwrap()
+                .weight_bytes
+        };
+        let scheme: Scheme = "a16w4-g32".parse().unwrap();
+        let (embedding, all) = (151_936 * 896, 494_032_768 - 49 * 896 - 24 * (896 + 2 * 128));
+        let in_f32 = 4 * (494_032_768 - all);
+        // 4.5 bits of the layers, and of the embedding 8.5, 4.5 or 16.
+        let layers = (all - embedding) * 9 / 16;
+        assert_eq!(bytes(scheme.into()), layers + embedding * 17 / 16 + in_f32);
+        assert_eq!(bytes(Quantization::new(scheme).vocabulary(Some(scheme))), layers + embedding * 9 / 16 + in_f32);
+        assert_eq!(bytes(Quantization::new(scheme).vocabulary(None)), layers + embedding * 2 + in_f32);
     }
 
     #[test]
     fn weights_of_another_model_have_no_estimate() {
         let (small, large) = (shapes::named("qwen2.5-0.5b").unwrap(), shapes::named("qwen2.5-1.5b").unwrap());
         let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
-        let found =
-            MemoryEstimate::new(&large, &RandomWeights::new(&small, 0), DType::F32, DType::F32, limits, &panel_bytes);
+        let found = MemoryEstimate::new(
+            &large,
+            &RandomWeights::new(&small, 0),
+            DType::F32,
+            DType::F32,
+            limits,
+            Quantization::NONE,
+            &packed_bytes,
+        );
         assert!(matches!(found, Err(WeightsError::Shape { .. })));
     }
 }

@@ -12,13 +12,13 @@
 //!
 //! ```
 //! use dashinfer_kernels::Backend;
-//! use dashinfer_models::{Checkpoint, Decoder, ModelSpec, StepLimits};
+//! use dashinfer_models::{Checkpoint, Decoder, ModelSpec, Quantization, StepLimits};
 //!
 //! fn load<B: Backend>(backend: B, folder: &std::path::Path) -> Result<Decoder<B>, Box<dyn std::error::Error>> {
 //!     let spec = ModelSpec::read(folder)?;
 //!     let mut checkpoint = Checkpoint::open(folder)?;
 //!     let limits = StepLimits { max_tokens: 512, max_logit_rows: 64 };
-//!     Ok(Decoder::load(backend, spec, &mut checkpoint, limits, &mut |_| ())?)
+//!     Ok(Decoder::load(backend, spec, &mut checkpoint, limits, Quantization::NONE, &mut |_| ())?)
 //! }
 //! ```
 
@@ -33,6 +33,7 @@ mod families;
 mod generation_config;
 mod json;
 mod loader;
+mod quantization;
 mod random;
 mod rope;
 mod safetensors;
@@ -49,10 +50,11 @@ pub use checkpoint::Checkpoint;
 pub use config::HfConfig;
 pub use decoder::{Decoder, Logits};
 pub use error::{BatchError, CheckpointError, ConfigError, ForwardError, LoadError, WeightsError};
-pub use estimate::{MemoryEstimate, panel_bytes};
+pub use estimate::MemoryEstimate;
 pub use families::{FAMILIES, ToSpec};
 pub use generation_config::GenerationConfig;
 pub use loader::LoadProgress;
+pub use quantization::Quantization;
 pub use random::RandomWeights;
 pub use rope::{RopeScaling, RopeSpec};
 pub use source::{StoredType, TensorInfo, WeightSource};

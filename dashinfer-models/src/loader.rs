@@ -5,7 +5,7 @@ use std::{borrow::Cow, collections::HashSet};
 use dashinfer_kernels::{Backend, DType, MatrixView, to_f32};
 
 use crate::{
-    LoadError, ModelSpec, StoredType, WeightSource, WeightsError,
+    LoadError, ModelSpec, Quantization, StoredType, WeightSource, WeightsError,
     weights::{Fill, HEAD_WEIGHT, LinearPlan, Plan, VectorPlan, Weights},
 };
 
@@ -31,11 +31,12 @@ pub(crate) fn load<B: Backend>(
     backend: &B,
     spec: &ModelSpec,
     source: &mut dyn WeightSource,
+    quantization: Quantization,
     on_progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Weights<B::Linear, B::Vector>, LoadError> {
     let plan = Plan::new(spec);
     let progress = prove(&plan, source)?;
-    plan.fill(&mut Loader { backend, source, progress, on_progress })
+    plan.fill(&mut Loader { backend, source, quantization, progress, on_progress })
 }
 
 /// The proof: every parameter has a tensor of its shape and of a type that we read, and every tensor is used or may be
@@ -89,6 +90,7 @@ pub(crate) fn float_type(name: &str, stored: StoredType) -> Result<DType, Weight
 struct Loader<'a, B> {
     backend: &'a B,
     source: &'a mut dyn WeightSource,
+    quantization: Quantization,
     progress: LoadProgress,
     on_progress: &'a mut dyn FnMut(LoadProgress),
 }
@@ -159,7 +161,7 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
             .zip(&tensors)
             .map(|(part, tensor)| MatrixView { bytes: &tensor.bytes, dtype, rows: part.rows, cols: plan.cols })
             .collect();
-        let packed = self.backend.pack(&views, plan.bias.then_some(&bias[..]))?;
+        let packed = self.backend.pack(&views, plan.bias.then_some(&bias[..]), self.quantization.scheme(plan.role))?;
         drop(views);
         drop(tensors);
         self.finish(&names, stored_bytes);

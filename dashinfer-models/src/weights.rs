@@ -49,6 +49,16 @@ pub(crate) struct LinearPlan {
     pub(crate) parts: Vec<Part>,
     pub(crate) cols: usize,
     pub(crate) bias: bool,
+    pub(crate) role: Role,
+}
+
+/// What a matrix is for, which decides how it is quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A linear operator of a layer.
+    Layer,
+    /// The embedding or the head: a row for each token of the vocabulary.
+    Vocabulary,
 }
 
 /// One tensor of a [`LinearPlan`].
@@ -102,7 +112,7 @@ impl Plan {
             let linear = |parts: &[(&str, usize)], cols, bias| {
                 let part =
                     |&(name, rows): &(&str, usize)| Part { module: format!("model.layers.{index}.{name}"), rows };
-                LinearPlan { parts: parts.iter().map(part).collect(), cols, bias }
+                LinearPlan { parts: parts.iter().map(part).collect(), cols, bias, role: Role::Layer }
             };
             let vector = |name, len| VectorPlan { name: format!("model.layers.{index}.{name}.weight"), len };
             let qkv = [("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows)];
@@ -124,6 +134,7 @@ impl Plan {
             parts: vec![Part { module: module.to_owned(), rows: spec.vocab_size }],
             cols: hidden,
             bias: false,
+            role: Role::Vocabulary,
         };
         Self {
             embed: vocab("model.embed_tokens"),

@@ -8,7 +8,9 @@ use common::{
     sequences::{BLOCK_SIZE, Runner, Wanted},
 };
 use dashinfer_kernels::{Backend, DType, KernelError, PagedBatch, SampleParams, SampleRow, SequenceRows};
-use dashinfer_models::{Decoder, ForwardBatch, ForwardError, HfConfig, ModelSpec, RandomWeights, StepLimits};
+use dashinfer_models::{
+    Decoder, ForwardBatch, ForwardError, HfConfig, ModelSpec, Quantization, RandomWeights, StepLimits,
+};
 use proptest::prelude::*;
 
 const VOCAB: u32 = 50;
@@ -33,7 +35,15 @@ fn any_spec() -> impl Strategy<Value = ModelSpec> {
 }
 
 fn load(spec: &ModelSpec, limits: StepLimits) -> Decoder<Reference> {
-    Decoder::load(Reference::default(), spec.clone(), &mut RandomWeights::new(spec, 11), limits, &mut |_| ()).unwrap()
+    Decoder::load(
+        Reference::default(),
+        spec.clone(),
+        &mut RandomWeights::new(spec, 11),
+        limits,
+        Quantization::NONE,
+        &mut |_| (),
+    )
+    .unwrap()
 }
 
 fn any_tokens(len: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u32>> {

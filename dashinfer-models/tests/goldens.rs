@@ -16,10 +16,11 @@ use common::{
     reference::Reference,
     sequences::{CacheType, Runner, Wanted},
 };
+use dashinfer_kernels::cpu::packed_bytes;
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
-    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, StepLimits, panel_bytes,
+    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, StepLimits,
 };
 use safetensors::SafeTensors;
 
@@ -108,7 +109,7 @@ impl Case {
         let spec = ModelSpec::read(&self.folder).unwrap();
         let mut checkpoint = Checkpoint::open(&self.folder).unwrap();
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 512 };
-        Decoder::load(backend, spec, &mut checkpoint, limits, &mut |_| ()).unwrap()
+        Decoder::load(backend, spec, &mut checkpoint, limits, Quantization::NONE, &mut |_| ()).unwrap()
     }
 
     #[track_caller]
@@ -270,7 +271,8 @@ fn an_estimate_is_a_little_more_than_the_file() {
     for case in cases(F32) {
         let spec = ModelSpec::read(&case.folder).unwrap();
         let checkpoint = Checkpoint::open(&case.folder).unwrap();
-        let estimate = MemoryEstimate::new(&spec, &checkpoint, DType::F32, DType::F32, limits, &panel_bytes).unwrap();
+        let (f32, none) = (DType::F32, Quantization::NONE);
+        let estimate = MemoryEstimate::new(&spec, &checkpoint, f32, f32, limits, none, &packed_bytes).unwrap();
         let stored = checkpoint.data_bytes();
         // More, by norms and biases in f32 and rows padded to 16.
         assert!((stored..stored + stored / 10).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());

@@ -11,8 +11,8 @@ use common::{
 };
 use dashinfer_kernels::{DType, to_f32};
 use dashinfer_models::{
-    Decoder, HfConfig, LoadError, LoadProgress, ModelSpec, RandomWeights, StepLimits, StoredType, TensorInfo,
-    WeightSource, WeightsError,
+    Decoder, HfConfig, LoadError, LoadProgress, ModelSpec, Quantization, RandomWeights, StepLimits, StoredType,
+    TensorInfo, WeightSource, WeightsError,
 };
 
 const LIMITS: StepLimits = StepLimits { max_tokens: 16, max_logit_rows: 16 };
@@ -54,7 +54,7 @@ impl Memory {
     }
 
     fn load(&mut self, spec: &ModelSpec) -> Result<Decoder<Reference>, LoadError> {
-        Decoder::load(Reference::default(), spec.clone(), self, LIMITS, &mut |_| ())
+        Decoder::load(Reference::default(), spec.clone(), self, LIMITS, Quantization::NONE, &mut |_| ())
     }
 }
 
@@ -182,7 +182,10 @@ fn progress_grows_to_the_whole() {
     let spec = spec(false);
     let mut source = Memory::new(&spec);
     let mut seen: Vec<LoadProgress> = Vec::new();
-    Decoder::load(Reference::default(), spec, &mut source, LIMITS, &mut |progress| seen.push(progress)).unwrap();
+    Decoder::load(Reference::default(), spec, &mut source, LIMITS, Quantization::NONE, &mut |progress| {
+        seen.push(progress)
+    })
+    .unwrap();
     assert!(seen.is_sorted_by(|a, b| a.tensors_done < b.tensors_done && a.bytes_done < b.bytes_done));
     let last = seen.last().unwrap();
     let bytes: usize = source.tensors.values().map(|(_, bytes)| bytes.len()).sum();

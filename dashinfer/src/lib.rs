@@ -82,6 +82,8 @@ mod scheduler;
 mod text;
 
 pub use dashinfer_kernels::cpu::Isa;
+pub use dashinfer_kernels::{Group, Scheme};
+pub use dashinfer_models::Quantization;
 pub use engine::{
     Blocking, BlockingTokens, ComputeType, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load,
     LoadPhase, ModelInfo, ParseSettingError, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,

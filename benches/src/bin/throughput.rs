@@ -13,7 +13,10 @@ use benches::arguments::{self, ArgumentError, Arguments};
 use benches::limits::{Limits, rate};
 use benches::rss;
 use benches::work::Work;
-use dashinfer::{ComputeType, Device, Engine, FinishReason, KvCacheType, Request, Source, TokenStream, WeightType};
+use dashinfer::{
+    ComputeType, Device, Engine, FinishReason, KvCacheType, Quantization, Request, Scheme, Source, TokenStream,
+    WeightType,
+};
 use dashinfer_kernels::DType;
 use dashinfer_kernels::cpu::Isa;
 use dashinfer_models::{Checkpoint, ModelSpec, StoredType, WeightSource, shapes};
@@ -30,6 +33,9 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --weights TYPE        f32, f16 or bf16; of a shape (default: bf16)
   --model FOLDER        a checkpoint instead of a shape
   --device NAME         cpu (default), cuda or cuda:N
+  --quantize SCHEME     quantizes weights: a16w8, a16w8-g32, a8w8, a16w4-g32, a16w4-g128-zp, a8w4-g32, .. (default: no)
+  --quantize-vocabulary SCHEME
+                        the embedding and the head by this one, or `none` (default: what --quantize makes of them)
   --compute TYPE        auto, f32, f16 or bf16: the type of activations (default: auto)
   --deterministic       results that do not depend on the batch (the CPU's never do)
   --threads N           threads that compute (default: one for each core)
@@ -78,6 +84,17 @@ impl FromStr for Float {
     }
 }
 
+/// A scheme, or that there is none.
+struct Vocabulary(Option<Scheme>);
+
+impl FromStr for Vocabulary {
+    type Err = <Scheme as FromStr>::Err;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "none" { Ok(Self(None)) } else { text.parse().map(|scheme| Self(Some(scheme))) }
+    }
+}
+
 /// An instruction set.
 struct Kernels(Isa);
 
@@ -104,6 +121,7 @@ struct Options {
     model: Model,
     device: Device,
     compute: ComputeType,
+    quantization: Quantization,
     deterministic: bool,
     threads: NonZeroUsize,
     prefill: Vec<Prompts>,
@@ -135,11 +153,16 @@ impl Options {
         if let [Some(_), Some(_)] = context {
             return wrong("--context and --decode-context are the same");
         }
+        let mut quantization = args.value::<Scheme>("--quantize")?.map_or(Quantization::NONE, Quantization::new);
+        if let Some(Vocabulary(scheme)) = args.value("--quantize-vocabulary")? {
+            quantization = quantization.vocabulary(scheme);
+        }
         const USUAL: NonZeroUsize = NonZeroUsize::new(128).expect("it is not 0");
         let mut options = Self {
             model,
             device: args.value("--device")?.unwrap_or(Device::Cpu),
             compute: args.value("--compute")?.unwrap_or_default(),
+            quantization,
             deterministic: args.flag("--deterministic"),
             threads: args.value("--threads")?.unwrap_or_else(cores),
             prefill: args.list("--prefill")?.unwrap_or_default(),
@@ -214,6 +237,7 @@ impl Bench {
         let mut load = Engine::load(source)
             .device(options.device)
             .compute(options.compute)
+            .quantize(options.quantization)
             .deterministic(options.deterministic)
             .isa(options.isa)
             .threads(threads)
@@ -235,7 +259,11 @@ impl Bench {
         let cached = options.sequences().map(|(batch, tokens)| batch * tokens.next_multiple_of(32)).max().unwrap_or(0);
         let kv_bytes_per_token = load.estimate()?.kv_bytes_per_token;
         let engine = load.kv_cache_bytes(cached as u64 * kv_bytes_per_token).blocking()?;
-        let work = Work::new(&spec, engine.model().weight_bytes, dtype.size_bytes(), kv_bytes_per_token);
+        let element_bytes = options
+            .quantization
+            .vocabulary_scheme()
+            .map_or(dtype.size_bytes() as f64, |scheme| scheme.bits_per_weight(spec.hidden_size) / 8.0);
+        let work = Work::new(&spec, engine.model().weight_bytes, element_bytes, kv_bytes_per_token);
         let bench = Self { options, engine, work, limits, dtype, start };
         if !bench.options.json {
             bench.print_head(start.elapsed());
@@ -247,7 +275,7 @@ impl Bench {
         println!(
             "{}, {} weights, {}, {} threads, loaded in {:.1} s",
             self.name(),
-            self.dtype,
+            self.weights(),
             self.engine.model().device,
             self.options.threads,
             load_time.as_secs_f64()
@@ -261,6 +289,11 @@ impl Bench {
             self.limits.bytes_per_second / 1e9,
             self.limits.flops_per_second / 1e9,
         );
+    }
+
+    /// The scheme of the layers, or the stored type.
+    fn weights(&self) -> String {
+        self.options.quantization.layers_scheme().map_or_else(|| self.dtype.to_string(), |scheme| scheme.to_string())
     }
 
     fn name(&self) -> String {
@@ -369,7 +402,7 @@ impl Bench {
             let line = json!({
                 "what": what,
                 "shape": self.name(),
-                "weights": self.dtype.name(),
+                "weights": self.weights(),
                 "device": self.engine.model().device,
                 "threads": self.options.threads,
                 "batch": batch,
@@ -392,7 +425,7 @@ impl Bench {
             println!("{line}");
             return;
         }
-        let name = format!("{what}/{}/{batch}x{length}", self.dtype);
+        let name = format!("{what}/{}/{batch}x{length}", self.weights());
         let rate = rate(limit, bytes, flops, seconds);
         let (percent, limit) = (100.0 * fraction, limit.name());
         println!("{name:<24} {tokens_per_second:>10.1} tokens/s {rate:>16} {percent:>4.0} % of {limit}");

@@ -7,6 +7,7 @@ use super::attention::{self, AttentionUnit, CpuKvCache, Work};
 use super::isa::Isa;
 use super::linear::{self, PackedMatrix, Product, SendPtr};
 use super::pool::{PoolConfig, ThreadPool};
+use super::quantized::{self, Activations, QuantizedMatrix};
 use super::rms_norm::{self, RmsNormRow};
 use super::rope::RopeTable;
 use super::silu_mul::{self, SiluMulRow};
@@ -14,11 +15,11 @@ use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
     AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow,
-    Sampled, StepRows, TensorUse,
+    Sampled, Scheme, StepRows, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
-const PARALLEL_FROM: usize = 1 << 14;
+pub(super) const PARALLEL_FROM: usize = 1 << 14;
 
 /// How the CPU backend runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -77,6 +78,68 @@ impl CpuTensor {
     }
 }
 
+/// A weight matrix as it was stored, or quantized.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum CpuLinear {
+    /// Floating point.
+    Dense(PackedMatrix),
+    /// Of a [`Scheme`].
+    Quantized(QuantizedMatrix),
+}
+
+impl CpuLinear {
+    /// Output features, `N`.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Dense(matrix) => matrix.rows(),
+            Self::Quantized(matrix) => matrix.rows(),
+        }
+    }
+
+    /// Input features, `K`.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        match self {
+            Self::Dense(matrix) => matrix.cols(),
+            Self::Quantized(matrix) => matrix.cols(),
+        }
+    }
+
+    /// Bytes that a product reads.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(matrix) => matrix.bytes(),
+            Self::Quantized(matrix) => matrix.bytes(),
+        }
+    }
+
+    fn read_row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Dense(matrix) => matrix.read_row(row, out),
+            Self::Quantized(matrix) => matrix.read_row(row, out),
+        }
+    }
+}
+
+/// Bytes that a packed `[rows, cols]` matrix takes on the CPU, of `dtype` or quantized; saturating.
+#[must_use]
+pub fn packed_bytes(rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize {
+    match scheme {
+        Some(scheme) => quantized::packed_bytes(scheme, rows, cols),
+        None => linear::packed_bytes(rows, cols, dtype),
+    }
+}
+
+/// Bytes that products with quantized weights work in beside activations, for steps of `max_rows` rows and matrices of up to
+/// `max_cols` columns.
+#[must_use]
+pub fn workspace_bytes(max_rows: usize, max_cols: usize) -> usize {
+    Activations::max_bytes(max_rows, max_cols)
+}
+
 /// The operators on the CPU: activations in f32, weights as stored, a pool of threads of its own.
 ///
 /// A row's result never depends on the other rows of its batch.
@@ -84,6 +147,8 @@ impl CpuTensor {
 pub struct CpuBackend {
     pool: ThreadPool,
     product: Product,
+    quantized_product: quantized::Product,
+    quantized_rows: Activations,
     norm: RmsNormRow,
     silu: SiluMulRow,
     attend: AttentionUnit,
@@ -116,6 +181,8 @@ impl CpuBackend {
         Ok(Self {
             pool: ThreadPool::new(&config.pool)?,
             product: linear::best(isa),
+            quantized_product: quantized::best(isa),
+            quantized_rows: Activations::default(),
             norm: rms_norm::best(isa),
             silu: silu_mul::best(isa),
             attend: attention::best(isa),
@@ -183,7 +250,7 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Tensor = CpuTensor;
     type Vector = Vec<f32>;
-    type Linear = PackedMatrix;
+    type Linear = CpuLinear;
     type KvCache = CpuKvCache;
 
     fn name(&self) -> &'static str {
@@ -199,12 +266,20 @@ impl Backend for CpuBackend {
         Ok(values.to_vec())
     }
 
-    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<PackedMatrix, KernelError> {
-        PackedMatrix::pack(parts, bias, &self.pool)
+    fn pack(
+        &self,
+        parts: &[MatrixView<'_>],
+        bias: Option<&[f32]>,
+        scheme: Option<Scheme>,
+    ) -> Result<CpuLinear, KernelError> {
+        Ok(match scheme {
+            None => CpuLinear::Dense(PackedMatrix::pack(parts, bias, &self.pool)?),
+            Some(scheme) => CpuLinear::Quantized(QuantizedMatrix::pack(parts, bias, scheme, &self.pool)?),
+        })
     }
 
-    fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType) -> usize {
-        linear::packed_bytes(rows, cols, dtype)
+    fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize {
+        packed_bytes(rows, cols, dtype, scheme)
     }
 
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<CpuKvCache, KernelError> {
@@ -263,7 +338,7 @@ impl Backend for CpuBackend {
         Ok(Issue::Operators)
     }
 
-    fn embed(&mut self, out: &mut CpuTensor, table: &PackedMatrix) -> Result<(), KernelError> {
+    fn embed(&mut self, out: &mut CpuTensor, table: &CpuLinear) -> Result<(), KernelError> {
         let ids = &self.ids;
         out.resize("embed", ids.len(), table.cols())?;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
@@ -321,10 +396,16 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn linear(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &PackedMatrix) -> Result<(), KernelError> {
+    fn linear(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &CpuLinear) -> Result<(), KernelError> {
         check("linear", "columns of x", weight.cols(), x.cols)?;
         out.resize("linear", x.rows, weight.rows())?;
-        linear::run(self.product, out.values_mut(), x.values(), weight, &self.pool)
+        match weight {
+            CpuLinear::Dense(weight) => linear::run(self.product, out.values_mut(), x.values(), weight, &self.pool),
+            CpuLinear::Quantized(weight) => {
+                let (product, scratch) = (self.quantized_product, &mut self.quantized_rows);
+                quantized::run(product, out.values_mut(), x.values(), weight, scratch, &self.pool)
+            }
+        }
     }
 
     fn rope_and_cache(

@@ -39,13 +39,7 @@ pub(crate) fn sum8(x: std::arch::x86_64::__m256) -> f32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use crate::random::SplitMix64;
-
-    /// `len` values in −1..1, the same for the same seed.
-    pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
-        let mut random = SplitMix64(seed ^ 0x9e37_79b9_7f4a_7c15);
-        (0..len).map(|_| random.value()).collect()
-    }
+    pub(crate) use crate::random::noise;
 
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     #[test]

@@ -9,14 +9,16 @@ mod isa;
 mod linear;
 mod math;
 mod pool;
+mod quantized;
 mod rms_norm;
 mod rope;
 mod silu_mul;
 
 pub use attention::CpuKvCache;
-pub use backend::{CpuBackend, CpuConfig, CpuTensor};
+pub use backend::{CpuBackend, CpuConfig, CpuLinear, CpuTensor, packed_bytes, workspace_bytes};
 pub use isa::Isa;
 pub use linear::{PackedMatrix, linear, to_bytes};
 pub use pool::{PoolConfig, ThreadPool};
+pub use quantized::QuantizedMatrix;
 pub use rms_norm::rms_norm;
 pub use silu_mul::silu_mul;

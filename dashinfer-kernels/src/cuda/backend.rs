@@ -30,7 +30,7 @@ use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
     AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope, SampleRow, Sampled,
-    StepRows, TensorUse, to_f32,
+    Scheme, StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -229,8 +229,17 @@ impl Backend for CudaBackend {
         Ok(CudaVector { buffer, len: values.len() })
     }
 
-    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<CudaLinear, KernelError> {
+    fn pack(
+        &self,
+        parts: &[MatrixView<'_>],
+        bias: Option<&[f32]>,
+        scheme: Option<Scheme>,
+    ) -> Result<CudaLinear, KernelError> {
         const OP: &str = "pack";
+        if let Some(scheme) = scheme {
+            let what = format!("quantizing weights to {scheme}");
+            return Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
+        }
         let cols = parts.first().map_or(0, |part| part.cols);
         for part in parts {
             check(OP, "columns of a part", cols, part.cols)?;
@@ -255,7 +264,7 @@ impl Backend for CudaBackend {
         Ok(CudaLinear { weight, bias_f32, bias_t, rows, cols, dtype })
     }
 
-    fn packed_bytes(&self, rows: usize, cols: usize, _: DType) -> usize {
+    fn packed_bytes(&self, rows: usize, cols: usize, _: DType, _: Option<Scheme>) -> usize {
         packed_bytes(rows, cols, self.config.dtype)
     }
 

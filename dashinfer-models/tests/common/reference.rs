@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 
 use dashinfer_kernels::{
     AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
-    SampleRow, Sampled, StepRows, TensorUse, to_f32,
+    SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
 };
 
 #[derive(Debug, Default)]
@@ -116,7 +116,7 @@ impl Backend for Reference {
         Ok(values.to_vec())
     }
 
-    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>) -> Result<Matrix, KernelError> {
+    fn pack(&self, parts: &[MatrixView<'_>], bias: Option<&[f32]>, _: Option<Scheme>) -> Result<Matrix, KernelError> {
         let (cols, dtype) = (parts[0].cols, parts[0].dtype);
         let mut matrix = Matrix { rows: 0, cols, data: Vec::new(), bias: bias.map(<[f32]>::to_vec) };
         for part in parts {
@@ -130,7 +130,7 @@ impl Backend for Reference {
         Ok(matrix)
     }
 
-    fn packed_bytes(&self, rows: usize, cols: usize, _: DType) -> usize {
+    fn packed_bytes(&self, rows: usize, cols: usize, _: DType, _: Option<Scheme>) -> usize {
         rows * cols * size_of::<f32>()
     }
 

@@ -14,8 +14,8 @@ use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa, PoolConfig};
 use dashinfer_kernels::cuda::{CudaBackend, CudaConfig};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
-    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, RandomWeights, StepLimits,
-    WeightSource, shapes,
+    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, RandomWeights,
+    StepLimits, WeightSource, shapes,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -123,6 +123,7 @@ pub struct Load {
 struct Settings {
     device: Device,
     compute: ComputeType,
+    quantization: Quantization,
     deterministic: bool,
     kv_cache: KvCacheType,
     memory_limit: Option<u64>,
@@ -145,6 +146,7 @@ impl Default for Settings {
         Self {
             device: Device::default(),
             compute: ComputeType::default(),
+            quantization: Quantization::NONE,
             deterministic: false,
             kv_cache: KvCacheType::default(),
             memory_limit: None,
@@ -205,6 +207,13 @@ impl Load {
     /// The type in which the model is computed. Default: [`ComputeType::Auto`].
     pub fn compute(mut self, compute: ComputeType) -> Self {
         self.settings.compute = compute;
+        self
+    }
+
+    /// Quantizes weights while they are loaded, by a [`Scheme`](crate::Scheme) or as a [`Quantization`] says in more detail. Default: weights
+    /// as they are stored. Smaller weights are read faster, and change results: `docs/quantization.md` says by how much. CPU only.
+    pub fn quantize(mut self, quantization: impl Into<Quantization>) -> Self {
+        self.settings.quantization = quantization.into();
         self
     }
 
@@ -341,10 +350,11 @@ impl Load {
         let limits = StepLimits { max_tokens, max_logit_rows: (max_batch + MAX_ALL_LOGITS).min(max_tokens) };
         let compute = target.compute_type(set.compute.dtype(), opened)?;
         let kv_cache = target.kv_cache_type(set.kv_cache.dtype(), compute)?;
-        let packed_bytes = |rows, cols, stored| target.packed_bytes(rows, cols, stored, compute);
+        target.check_quantization(set.quantization)?;
+        let packed_bytes = |rows, cols, stored, scheme| target.packed_bytes(rows, cols, stored, scheme, compute);
         let (spec, source) = (&opened.spec, opened.source.as_ref());
-        let mut model = MemoryEstimate::new(spec, source, compute, kv_cache, limits, &packed_bytes)?;
-        model.activation_bytes += target.workspace_bytes(spec, limits);
+        let mut model = MemoryEstimate::new(spec, source, compute, kv_cache, limits, set.quantization, &packed_bytes)?;
+        model.activation_bytes += target.workspace_bytes(spec, limits, set.quantization);
         let cache = CachePlan {
             block_size: set.block_size,
             context: opened.spec.max_positions,
@@ -518,7 +528,8 @@ fn start_on<B: Backend>(
     let mut no_progress: OnProgress = Box::new(|_| ());
     let on_progress = load.on_progress.as_mut().unwrap_or(&mut no_progress);
     let mut bytes = 0;
-    let decoder = Decoder::load(backend, opened.spec, opened.source.as_mut(), plan.limits, &mut |progress| {
+    let (source, quantization) = (opened.source.as_mut(), settings.quantization);
+    let decoder = Decoder::load(backend, opened.spec, source, plan.limits, quantization, &mut |progress| {
         bytes = progress.bytes_total;
         let (bytes_done, bytes_total) = (progress.bytes_done, progress.bytes_total);
         on_progress(Progress { phase: LoadPhase::Weights, bytes_done, bytes_total });

@@ -2,8 +2,8 @@
 
 #[cfg(feature = "cuda")]
 use dashinfer_kernels::cuda;
-use dashinfer_kernels::{DType, KernelError};
-use dashinfer_models::{ModelSpec, StepLimits, StoredType, panel_bytes};
+use dashinfer_kernels::{DType, KernelError, Scheme};
+use dashinfer_models::{ModelSpec, Quantization, StepLimits, StoredType};
 
 use super::Device;
 use super::load::Opened;
@@ -70,18 +70,38 @@ impl Target {
         }
     }
 
+    /// Whether weights can be quantized as asked for.
+    pub(super) fn check_quantization(&self, quantization: Quantization) -> Result<(), Error> {
+        match (self, quantization.layers_scheme().or(quantization.vocabulary_scheme())) {
+            (Self::Cuda(_), Some(scheme)) => Err(unsupported(format!("quantizing weights to {scheme}"), "cuda")),
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes of a packed matrix whose weights are stored as `stored`.
-    pub(super) fn packed_bytes(&self, rows: usize, cols: usize, stored: DType, compute: DType) -> usize {
+    pub(super) fn packed_bytes(
+        &self,
+        rows: usize,
+        cols: usize,
+        stored: DType,
+        scheme: Option<Scheme>,
+        compute: DType,
+    ) -> usize {
         match self {
-            Self::Cpu => panel_bytes(rows, cols, stored),
+            Self::Cpu => dashinfer_kernels::cpu::packed_bytes(rows, cols, stored, scheme),
             Self::Cuda(_) => cuda::packed_bytes(rows, cols, compute),
         }
     }
 
     /// What operators need beside activations.
-    pub(super) fn workspace_bytes(&self, spec: &ModelSpec, limits: StepLimits) -> u64 {
+    pub(super) fn workspace_bytes(&self, spec: &ModelSpec, limits: StepLimits, quantization: Quantization) -> u64 {
         match self {
-            Self::Cpu => 0,
+            Self::Cpu if quantization == Quantization::NONE => 0,
+            Self::Cpu => {
+                let attention = spec.attention.num_heads * spec.attention.head_dim;
+                let cols = spec.hidden_size.max(attention).max(spec.mlp.size);
+                dashinfer_kernels::cpu::workspace_bytes(limits.max_tokens, cols) as u64
+            }
             Self::Cuda(device) => {
                 let params = cuda::WorkspaceParams {
                     num_heads: spec.attention.num_heads,

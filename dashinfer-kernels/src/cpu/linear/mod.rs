@@ -11,7 +11,7 @@ mod scalar;
 
 use std::ops::Range;
 
-pub(crate) use pack::{PANEL, SendPtr, packed_bytes};
+pub(crate) use pack::{PANEL, SendPtr, Stack, packed_bytes};
 pub use pack::{PackedMatrix, to_bytes};
 
 use super::isa::{Isa, Variant, choose};
@@ -34,6 +34,11 @@ pub(crate) struct Output {
 }
 
 impl Output {
+    /// `out`: `[T, N]` with `N` = `cols`.
+    pub(crate) fn new(out: &mut [f32], cols: usize) -> Self {
+        Self { start: SendPtr(out.as_mut_ptr()), cols }
+    }
+
     fn width(self, panel: usize) -> usize {
         PANEL.min(self.cols - panel * PANEL)
     }
@@ -43,7 +48,7 @@ impl Output {
     /// # Safety
     /// Row and panel exist, and no other thread accesses these columns of this row.
     #[inline(always)]
-    unsafe fn store(self, row: usize, panel: usize, sums: &[f32; PANEL]) {
+    pub(crate) unsafe fn store(self, row: usize, panel: usize, sums: &[f32; PANEL]) {
         let width = self.width(panel);
         // SAFETY: `width` columns from there on lie in the row; the caller vouches for exclusive access.
         unsafe {
@@ -62,7 +67,7 @@ impl Output {
     /// As for [`store`](Self::store), and these columns were written before.
     #[inline(always)]
     #[cfg_attr(not(all(feature = "x86", target_arch = "x86_64")), expect(dead_code, reason = "for blocked variants"))]
-    unsafe fn load(self, row: usize, panel: usize, sums: &mut [f32; PANEL]) {
+    pub(crate) unsafe fn load(self, row: usize, panel: usize, sums: &mut [f32; PANEL]) {
         // SAFETY: as in `store`.
         unsafe {
             let from = self.start.get().add(row * self.cols + panel * PANEL);
@@ -117,7 +122,7 @@ pub(crate) fn run(
     if rows == 0 || weight.rows() == 0 {
         return Ok(());
     }
-    let out = Output { start: SendPtr(out.as_mut_ptr()), cols: weight.rows() };
+    let out = Output::new(out, weight.rows());
     let job = Job { x, weight };
     let panels = weight.num_panels();
     // Several tasks for each thread, so that a thread that the system interrupts holds the others up by little.

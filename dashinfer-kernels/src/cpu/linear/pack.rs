@@ -35,59 +35,25 @@ impl PackedMatrix {
     /// # Errors
     /// [`KernelError::Shape`] if the parts differ in type or columns, or a length is off; [`KernelError::OutOfMemory`].
     pub fn pack(parts: &[MatrixView<'_>], bias: Option<&[f32]>, pool: &ThreadPool) -> Result<Self, KernelError> {
-        let Some(first) = parts.first() else {
-            return Err(KernelError::Shape { op: "pack", what: "number of parts", wanted: 1, found: 0 });
-        };
-        let (dtype, cols) = (first.dtype, first.cols);
-        for part in parts {
-            check("pack", "columns of a part", cols, part.cols)?;
-            check("pack", "element size of a part", dtype.size_bytes(), part.dtype.size_bytes())?;
-            if part.dtype != dtype {
-                let what = format!("{} beside {} in one matrix", part.dtype, dtype);
-                return Err(KernelError::Unsupported { op: "pack", what, backend: "cpu" });
-            }
-            let bytes = part.rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size_bytes()));
-            check("pack", "bytes of a part", bytes.unwrap_or(usize::MAX), part.bytes.len())?;
-        }
-        let rows: usize = parts.iter().map(|p| p.rows).sum();
-        let panels = rows.div_ceil(PANEL);
-        let mut padded_bias = Vec::new();
-        if let Some(bias) = bias {
-            check("pack", "length of the bias", rows, bias.len())?;
-            padded_bias.extend_from_slice(bias);
-            padded_bias.resize(panels * PANEL, 0.0);
-        }
+        let stack = Stack::new(parts, bias)?;
+        let (rows, cols, dtype, panels) = (stack.rows, stack.cols, stack.dtype, stack.rows.div_ceil(PANEL));
         let mut data = AlignedBuf::<u8>::zeroed("a weight matrix", packed_bytes(rows, cols, dtype))?;
         let panel_bytes = PANEL * cols * dtype.size_bytes();
         let start = SendPtr(data.as_mut_ptr());
-        // First and last row of each part in the stacked matrix.
-        let mut ends = Vec::with_capacity(parts.len());
-        let mut end = 0;
-        for part in parts {
-            end += part.rows;
-            ends.push((end - part.rows, part));
-        }
         pool.run(panels, &|panel, _| {
             // SAFETY: panels are disjoint, each is `panel_bytes` long, and all lie within `data`.
             let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes) };
             let row_bytes = cols * dtype.size_bytes();
-            let sources = (0..PANEL.min(rows - panel * PANEL)).map(|lane| {
-                let row = panel * PANEL + lane;
-                let at = ends.partition_point(|(first_row, _)| *first_row <= row) - 1;
-                // Parts without rows share their first row with the part behind them, which is the one found.
-                let (first_row, part) = ends[at];
-                &part.bytes[(row - first_row) * row_bytes..][..row_bytes]
-            });
             // A stretch of all rows at a time, so that the part of the panel which they share stays in the L1 cache.
             let stretch = 256 * dtype.size_bytes();
             for (index, out) in out.chunks_mut(stretch * PANEL).enumerate() {
-                for (lane, source) in sources.clone().enumerate() {
+                for (lane, source) in stack.panel(panel).enumerate() {
                     let source = &source[index * stretch..row_bytes.min((index + 1) * stretch)];
                     scatter(out, source, dtype, lane);
                 }
             }
         });
-        Ok(Self { rows, cols, dtype, data, bias: padded_bias })
+        Ok(Self { rows, cols, dtype, data, bias: stack.padded_bias() })
     }
 
     /// Output features, `N`.
@@ -140,6 +106,66 @@ impl PackedMatrix {
         for (k, out) in out.iter_mut().enumerate() {
             *out = crate::element(panel, self.dtype, k * PANEL + lane);
         }
+    }
+}
+
+/// Matrices stacked along their output features, whose shapes were checked to fit.
+pub(crate) struct Stack<'a> {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) dtype: DType,
+    /// The first row of each part.
+    parts: Vec<(usize, MatrixView<'a>)>,
+    bias: Option<&'a [f32]>,
+}
+
+impl<'a> Stack<'a> {
+    /// # Errors
+    /// [`KernelError::Shape`] if the parts differ in columns, or a length is off; [`KernelError::Unsupported`] if they differ in type.
+    pub(crate) fn new(views: &[MatrixView<'a>], bias: Option<&'a [f32]>) -> Result<Self, KernelError> {
+        let Some(first) = views.first() else {
+            return Err(KernelError::Shape { op: "pack", what: "number of parts", wanted: 1, found: 0 });
+        };
+        let (dtype, cols) = (first.dtype, first.cols);
+        let mut parts = Vec::with_capacity(views.len());
+        let mut rows = 0;
+        for part in views {
+            check("pack", "columns of a part", cols, part.cols)?;
+            check("pack", "element size of a part", dtype.size_bytes(), part.dtype.size_bytes())?;
+            if part.dtype != dtype {
+                let what = format!("{} beside {} in one matrix", part.dtype, dtype);
+                return Err(KernelError::Unsupported { op: "pack", what, backend: "cpu" });
+            }
+            let bytes = part.rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size_bytes()));
+            check("pack", "bytes of a part", bytes.unwrap_or(usize::MAX), part.bytes.len())?;
+            parts.push((rows, *part));
+            rows += part.rows;
+        }
+        if let Some(bias) = bias {
+            check("pack", "length of the bias", rows, bias.len())?;
+        }
+        Ok(Self { rows, cols, dtype, parts, bias })
+    }
+
+    /// The bias of whole panels, zeros behind the last row; empty without one.
+    pub(crate) fn padded_bias(&self) -> Vec<f32> {
+        let mut padded = Vec::new();
+        if let Some(bias) = self.bias {
+            padded.extend_from_slice(bias);
+            padded.resize(self.rows.div_ceil(PANEL) * PANEL, 0.0);
+        }
+        padded
+    }
+
+    /// The rows of panel `panel` as they are stored, `[cols]` each.
+    pub(crate) fn panel(&self, panel: usize) -> impl Iterator<Item = &'a [u8]> {
+        let row_bytes = self.cols * self.dtype.size_bytes();
+        (0..PANEL.min(self.rows - panel * PANEL)).map(move |lane| {
+            let row = panel * PANEL + lane;
+            // Parts without rows share their first row with the part behind them, which is the one found.
+            let (first_row, part) = self.parts[self.parts.partition_point(|(first_row, _)| *first_row <= row) - 1];
+            &part.bytes[(row - first_row) * row_bytes..][..row_bytes]
+        })
     }
 }
 

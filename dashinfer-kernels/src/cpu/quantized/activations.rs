@@ -1,0 +1,224 @@
+//! The rows of a product, rounded to integers as its weights' scheme asks and as the kernel's instructions eat them.
+
+use super::super::aligned::AlignedBuf;
+use super::super::linear::SendPtr;
+use super::super::pool::ThreadPool;
+use super::QuantizedMatrix;
+use super::matrix::symmetric_zero;
+use crate::KernelError;
+use crate::quant::activations::{self as rounding, Cut, MAX_8, MAX_16};
+use crate::quant::{ActivationBits, Scheme, nearest};
+
+/// How codes of activations are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operand {
+    /// 16 bits each; within a quad in the order 0 2 1 3, so that masking the even and the odd bytes of a quad of weights gives pairs
+    /// that stand beside theirs.
+    Words,
+    /// 8 bits each, in order.
+    Bytes,
+    /// The high bytes of a row, then its low bytes; see [`crate::quant::activations`].
+    Planes,
+}
+
+impl Operand {
+    /// Bytes of an activation.
+    const fn size(self) -> usize {
+        match self {
+            Self::Words | Self::Planes => 2,
+            Self::Bytes => 1,
+        }
+    }
+}
+
+/// Quantized rows, in memory that is kept from product to product.
+#[derive(Debug, Default)]
+pub(crate) struct Activations {
+    operand: Option<Operand>,
+    rows: usize,
+    cut: Option<Cut>,
+    codes: Option<AlignedBuf<u8>>,
+    /// `[T, groups]`
+    scales: Vec<f32>,
+    /// `[T, groups]`: what makes up for the zero points of the weights: −Σ code, times the zero point if all weights have the same.
+    corrections: Vec<i32>,
+}
+
+impl Activations {
+    /// Rounds `x`, `[rows, cols]`, for a product with weights of `matrix`.
+    pub(super) fn fill(
+        &mut self,
+        x: &[f32],
+        rows: usize,
+        matrix: &QuantizedMatrix,
+        operand: Operand,
+        pool: &ThreadPool,
+    ) -> Result<(), KernelError> {
+        let (cols, cut, scheme) = (matrix.cols(), matrix.cut(), matrix.scheme());
+        let (groups, row_bytes) = (cut.groups(), cut.padded * operand.size());
+        let wanted = rows.saturating_mul(row_bytes);
+        if self.codes.as_ref().is_none_or(|codes| codes.len() < wanted) {
+            self.codes = None; // given back before more is taken
+            self.codes = Some(AlignedBuf::zeroed("quantized activations", wanted)?);
+        }
+        self.scales.resize(rows * groups, 0.0);
+        self.corrections.resize(rows * groups, 0);
+        (self.operand, self.rows, self.cut) = (Some(operand), rows, Some(cut));
+        let Some(codes) = &mut self.codes else { return Ok(()) };
+        let to =
+            (SendPtr(codes.as_mut_ptr()), SendPtr(self.scales.as_mut_ptr()), SendPtr(self.corrections.as_mut_ptr()));
+        let round = best_rounder();
+        let row = |row: usize| {
+            // SAFETY: each row has its own part of the three buffers, which hold `rows` of them, and is written by one task.
+            let (codes, scales, corrections) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(to.0.get().add(row * row_bytes), row_bytes),
+                    std::slice::from_raw_parts_mut(to.1.get().add(row * groups), groups),
+                    std::slice::from_raw_parts_mut(to.2.get().add(row * groups), groups),
+                )
+            };
+            let job = Row { x: &x[row * cols..][..cols], scheme, cut, operand };
+            // SAFETY: the variant was chosen for this machine.
+            unsafe { round(&job, codes, scales, corrections) };
+        };
+        if rows * cols < super::super::backend::PARALLEL_FROM {
+            (0..rows).for_each(row);
+        } else {
+            pool.run(rows, &|task, _| row(task));
+        }
+        Ok(())
+    }
+
+    /// Bytes that `rows` rows of `cols` values take at most, in any scheme.
+    pub(crate) fn max_bytes(rows: usize, cols: usize) -> usize {
+        // Two bytes a code, and a scale and a correction for each 32.
+        rows.saturating_mul(cols.next_multiple_of(128)).saturating_mul(2 * 32 + 8) / 32
+    }
+
+    /// The codes of row `row` and those behind it, in the layout of the operand.
+    #[inline(always)]
+    pub(super) fn codes(&self, row: usize) -> &[u8] {
+        let (Some(codes), Some(cut), Some(operand)) = (&self.codes, self.cut, self.operand) else { return &[] };
+        &codes[row * cut.padded * operand.size()..self.rows * cut.padded * operand.size()]
+    }
+
+    /// The scales of row `row` and those behind it, one for each group.
+    #[inline(always)]
+    pub(super) fn scales(&self, row: usize) -> &[f32] {
+        &self.scales[row * self.cut.map_or(0, Cut::groups)..]
+    }
+
+    /// The corrections of row `row` and those behind it, one for each group.
+    #[inline(always)]
+    pub(super) fn corrections(&self, row: usize) -> &[i32] {
+        &self.corrections[row * self.cut.map_or(0, Cut::groups)..]
+    }
+
+    /// The code of column `k` of row `row`, whatever the layout.
+    pub(super) fn code(&self, row: usize, k: usize) -> i32 {
+        let codes = self.codes(row);
+        match self.operand {
+            Some(Operand::Words) => {
+                let at = 2 * (k / 4 * 4 + WORD_PLACES[k % 4]);
+                i32::from(i16::from_le_bytes([codes[at], codes[at + 1]]))
+            }
+            Some(Operand::Planes) => {
+                let padded = self.cut.map_or(0, |cut| cut.padded);
+                256 * i32::from(codes[k].cast_signed()) + i32::from(codes[padded + k].cast_signed())
+            }
+            Some(Operand::Bytes) | None => i32::from(codes[k].cast_signed()),
+        }
+    }
+}
+
+/// Where the four codes of a quad stand among the words.
+const WORD_PLACES: [usize; 4] = [0, 2, 1, 3];
+
+/// A row to be rounded.
+struct Row<'a> {
+    x: &'a [f32],
+    scheme: Scheme,
+    cut: Cut,
+    operand: Operand,
+}
+
+/// `(row, codes, scales, corrections)`.
+type Rounder = unsafe fn(&Row<'_>, &mut [u8], &mut [f32], &mut [i32]);
+
+fn best_rounder() -> Rounder {
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    if super::super::isa::Isa::Avx2.is_available() {
+        return round_avx2;
+    }
+    round_plain
+}
+
+/// [`round_row`], compiled for AVX2: the same operations on more values at a time.
+///
+/// # Safety
+/// The machine has AVX2.
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[target_feature(enable = "avx2")]
+unsafe fn round_avx2(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
+    round_row(row, codes, scales, corrections);
+}
+
+/// [`round_row`], for every machine.
+///
+/// # Safety
+/// None is needed.
+unsafe fn round_plain(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
+    round_row(row, codes, scales, corrections);
+}
+
+#[inline(always)]
+fn round_row(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
+    let &Row { x, scheme, cut, operand } = row;
+    let max = match scheme.activation_bits() {
+        ActivationBits::Eight => MAX_8,
+        ActivationBits::Sixteen => MAX_16,
+    };
+    let zero = if scheme.has_zero_points() { 1 } else { i32::from(symmetric_zero(scheme)) };
+    // Groups of rows that have none are long; codes go through a buffer in stretches.
+    let mut buffer = [0i32; 128];
+    for (group, (scale, correction)) in scales.iter_mut().zip(corrections).enumerate() {
+        let first = group * cut.group;
+        let x = &x[first.min(x.len())..x.len().min(first + cut.group)];
+        let (range, inverse) = rounding::scale(x, max);
+        let mut sum = 0i32;
+        for at in (0..cut.group).step_by(buffer.len()) {
+            let len = buffer.len().min(cut.group - at);
+            let stretch = &x[at.min(x.len())..x.len().min(at + len)];
+            let buffer = &mut buffer[..len];
+            for (code, x) in buffer.iter_mut().zip(stretch) {
+                *code = nearest(x * inverse);
+            }
+            buffer[stretch.len()..].fill(0);
+            sum = buffer.iter().fold(sum, |sum, code| sum.wrapping_add(*code));
+            let first = first + at;
+            match operand {
+                Operand::Words => {
+                    let to = codes[2 * first..][..2 * len].as_chunks_mut::<8>().0;
+                    for (to, quad) in to.iter_mut().zip(buffer.as_chunks::<4>().0) {
+                        let [a, b, c, d] = quad.map(|code| u64::from(code as u16));
+                        *to = (a | c << 16 | b << 32 | d << 48).to_le_bytes();
+                    }
+                }
+                Operand::Bytes => {
+                    for (to, code) in codes[first..][..len].iter_mut().zip(&*buffer) {
+                        *to = *code as u8;
+                    }
+                }
+                Operand::Planes => {
+                    let (high, low) = codes.split_at_mut(cut.padded);
+                    for ((high, low), code) in high[first..].iter_mut().zip(&mut low[first..]).zip(&*buffer) {
+                        *low = *code as u8;
+                        *high = ((*code - i32::from(*code as i8)) >> 8) as u8;
+                    }
+                }
+            }
+        }
+        *scale = range;
+        *correction = sum.wrapping_mul(zero).wrapping_neg();
+    }
+}
