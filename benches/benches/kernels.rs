@@ -53,7 +53,7 @@ impl Kernels {
     fn new() -> Self {
         let threads = std::env::var("BENCH_THREADS").ok().and_then(|threads| threads.parse().ok());
         let pool = PoolConfig { threads, cores: Vec::new() };
-        let backend = CpuBackend::new(&CpuConfig { pool, isa: None }).expect("threads start");
+        let backend = CpuBackend::new(&CpuConfig { pool, ..CpuConfig::default() }).expect("threads start");
         let limits = Limits::measure(backend.pool().num_threads(), Isa::best());
         let criterion = Criterion::default()
             .sample_size(10)

@@ -5,6 +5,7 @@
 //! <https://www.intel.com/content/www/us/en/developer/articles/technical/intel-sdm.html>, volume 1, chapter 18.
 
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Whether the CPU has tiles for int8 and bf16, the system saves them, and this process may use them. Asks once, since asking
@@ -45,4 +46,252 @@ fn may_use_tiles() -> bool {
 #[cfg(not(target_os = "linux"))]
 fn may_use_tiles() -> bool {
     false
+}
+
+/// The shapes of the eight tiles, as `ldtilecfg` reads them.
+#[repr(C, align(64))]
+struct TileConfig {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Bytes of a row of a tile.
+pub(crate) const ROW_BYTES: usize = 64;
+/// Rows of a tile.
+pub(crate) const ROWS: usize = 16;
+
+impl TileConfig {
+    /// Tiles for a block of two by two: sums in 0 to 3, the first of `x`'s with `first` rows and the second with `second`, in 4 and 5; weights
+    /// in 6 and 7.
+    const fn block(first: usize, second: usize) -> Self {
+        assert!(first >= 1 && first <= ROWS && second >= 1 && second <= ROWS, "a tile has 1 to 16 rows");
+        let (a, b) = (first as u8, second as u8);
+        let mut rows = [0; 16];
+        let mut row_bytes = [0; 16];
+        let shapes = [a, a, b, b, a, b, ROWS as u8, ROWS as u8];
+        let mut tile = 0;
+        while tile < shapes.len() {
+            rows[tile] = shapes[tile];
+            row_bytes[tile] = ROW_BYTES as u16;
+            tile += 1;
+        }
+        Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
+    }
+
+    /// Sets this thread's tiles to these shapes.
+    ///
+    /// # Safety
+    /// [`is_available`] was true.
+    unsafe fn load(&self) {
+        // SAFETY: the configuration is valid by construction, and tiles may be used.
+        unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) self, options(nostack, readonly, preserves_flags)) };
+    }
+}
+
+/// Gives this thread's tiles back, so that the system need not save them.
+///
+/// # Safety
+/// [`is_available`] was true.
+unsafe fn release() {
+    // SAFETY: tiles may be used.
+    unsafe { std::arch::asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+}
+
+/// The operands of a block of two by two tiles.
+pub(crate) struct Block {
+    /// The first and the second rows of `x`.
+    pub(crate) x: [*const u8; 2],
+    /// Bytes between rows of `x`.
+    pub(crate) x_stride: usize,
+    /// Two panels of weights, 1024 bytes for each 64 bytes of a row of `x`.
+    pub(crate) weights: [*const u8; 2],
+    /// Steps of 64 bytes of a row of `x`.
+    pub(crate) steps: usize,
+}
+
+/// Sums of two by two tiles, in 32 bits: `[which rows][which panel][row][column]`.
+#[repr(C, align(64))]
+pub(crate) struct BlockSums<T>(pub(crate) [[[[T; 16]; ROWS]; 2]; 2]);
+
+/// Fetches four rows of the tile of `x` that comes two steps on.
+macro_rules! fetch_rows {
+    () => {
+        "prefetcht0 [{next}]\nprefetcht0 [{next} + {stride}]\nprefetcht0 [{next} + 2*{stride}]\nprefetcht0 [{next} + {stride3}]\n"
+    };
+}
+
+/// Fetches the tile of `x` that comes two steps on.
+macro_rules! fetch_x {
+    ($x:literal) => {
+        concat!(
+            "lea {next}, [",
+            $x,
+            " + 128]\n",
+            fetch_rows!(),
+            "lea {next}, [{next} + 4*{stride}]\n",
+            fetch_rows!(),
+            "lea {next}, [{next} + 4*{stride}]\n",
+            fetch_rows!(),
+            "lea {next}, [{next} + 4*{stride}]\n",
+            fetch_rows!(),
+        )
+    };
+}
+
+/// Fetches the tile of weights that comes two steps on.
+macro_rules! fetch_weights {
+    ($w:literal) => {
+        fetch_weights!($w, "2048", "2112", "2176", "2240", "2304", "2368", "2432", "2496", "2560", "2624", "2688", "2752",
+            "2816", "2880", "2944", "3008")
+    };
+    ($w:literal, $($at:literal),+) => {
+        concat!($("prefetcht0 [", $w, " + ", $at, "]\n"),+)
+    };
+}
+
+macro_rules! block {
+    ($(#[$doc:meta])* $name:ident, $sum:ty, $multiply:literal) => {
+        $(#[$doc])*
+        ///
+        /// Tiles are fetched to the L1 cache two steps ahead: a load from the L2 cache holds up the multiplications behind it, and with
+        /// two threads on a core that halves the speed.
+        ///
+        /// # Safety
+        /// [`is_available`] was true, and this thread's tiles have the shapes of [`Place`]. As many rows as that says can be read
+        /// from each of `x`, `steps` times 64 bytes of each; and `steps` times 1024 bytes from each of `weights`.
+        pub(crate) unsafe fn $name(block: &Block, sums: &mut BlockSums<$sum>) {
+            let Block { x, x_stride, weights, steps } = *block;
+            // SAFETY: the caller's promise; `sums` holds four tiles of 1024 bytes; fetching ahead touches nothing.
+            unsafe {
+                std::arch::asm!(
+                    "tileloadd tmm0, [{sums} + {row}*1]",
+                    "tileloadd tmm1, [{sums} + {row}*1 + 1024]",
+                    "tileloadd tmm2, [{sums} + {row}*1 + 2048]",
+                    "tileloadd tmm3, [{sums} + {row}*1 + 3072]",
+                    "test {steps}, {steps}",
+                    "jz 3f",
+                    "2:",
+                    "tileloadd tmm6, [{w0} + {row}*1]",
+                    "tileloadd tmm4, [{x0} + {stride}*1]",
+                    fetch_x!("{x0}"),
+                    concat!($multiply, " tmm0, tmm4, tmm6"),
+                    "tileloadd tmm7, [{w1} + {row}*1]",
+                    fetch_weights!("{w0}"),
+                    concat!($multiply, " tmm1, tmm4, tmm7"),
+                    "tileloadd tmm5, [{x1} + {stride}*1]",
+                    fetch_x!("{x1}"),
+                    concat!($multiply, " tmm2, tmm5, tmm6"),
+                    fetch_weights!("{w1}"),
+                    concat!($multiply, " tmm3, tmm5, tmm7"),
+                    "add {w0}, 1024",
+                    "add {w1}, 1024",
+                    "add {x0}, 64",
+                    "add {x1}, 64",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "3:",
+                    "tilestored [{sums} + {row}*1], tmm0",
+                    "tilestored [{sums} + {row}*1 + 1024], tmm1",
+                    "tilestored [{sums} + {row}*1 + 2048], tmm2",
+                    "tilestored [{sums} + {row}*1 + 3072], tmm3",
+                    w0 = inout(reg) weights[0] => _,
+                    w1 = inout(reg) weights[1] => _,
+                    x0 = inout(reg) x[0] => _,
+                    x1 = inout(reg) x[1] => _,
+                    steps = inout(reg) steps => _,
+                    next = out(reg) _,
+                    stride = in(reg) x_stride,
+                    stride3 = in(reg) 3 * x_stride,
+                    row = in(reg) ROW_BYTES,
+                    sums = in(reg) sums.0.as_mut_ptr(),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+block!(
+    /// Adds the products of signed bytes of `x` and unsigned bytes of weights, four to a 32-bit sum.
+    multiply_bytes, i32, "tdpbsud"
+);
+block!(
+    /// Adds the products of bf16, two to an f32 sum.
+    multiply_bf16, f32, "tdpbf16ps"
+);
+
+/// A block of [`for_blocks`].
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    /// 1 to 32 rows.
+    pub(crate) rows: Range<usize>,
+    /// One or two panels.
+    pub(crate) panels: Range<usize>,
+    /// Input features; not empty.
+    pub(crate) ks: Range<usize>,
+}
+
+impl Place {
+    /// The first rows of both tiles of `x`. Where one tile holds all rows, the other has the first of them again.
+    pub(crate) fn first_rows(&self) -> [usize; 2] {
+        [self.rows.start, if self.rows.len() > ROWS { self.rows.start + ROWS } else { self.rows.start }]
+    }
+
+    /// The panels of both tiles of weights. A single one stands for both.
+    pub(crate) fn panels(&self) -> [usize; 2] {
+        [self.panels.start, self.panels.end - 1]
+    }
+
+    fn config(&self) -> TileConfig {
+        match self.rows.len() {
+            few @ ..=ROWS => TileConfig::block(few, 1),
+            many => TileConfig::block(ROWS, many - ROWS),
+        }
+    }
+}
+
+/// Walks all rows by all panels in blocks of up to 32 rows and two panels, whose tiles are set up when `run` is called:
+///
+/// ```text
+///   for each `part` of k           its columns of all rows stay in the L2 cache
+///     for each pair of panels      the part of it stays in the L1 cache
+///       for each 32 rows           2 x 2 tiles of sums; between the parts they stand in the output
+/// ```
+///
+/// # Safety
+/// [`is_available`] was true.
+pub(crate) unsafe fn for_blocks(
+    rows: Range<usize>,
+    panels: Range<usize>,
+    padded: usize,
+    part: usize,
+    mut run: impl FnMut(Place),
+) {
+    let mut shape = 0;
+    // Without input features there is nothing to multiply, but sums have a bias.
+    for k in (0..padded.max(1)).step_by(part) {
+        let ks = k..padded.min(k + part);
+        for panel in panels.clone().step_by(2) {
+            for first in rows.clone().step_by(2 * ROWS) {
+                let place = Place {
+                    rows: first..rows.end.min(first + 2 * ROWS),
+                    panels: panel..panels.end.min(panel + 2),
+                    ks: ks.clone(),
+                };
+                if shape != place.rows.len() {
+                    shape = place.rows.len();
+                    // SAFETY: the caller's promise.
+                    unsafe { place.config().load() };
+                }
+                run(place);
+            }
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { release() };
 }

@@ -6,6 +6,7 @@ use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionUnit, CpuKvCache, Work};
 use super::isa::Isa;
 use super::linear::{self, PackedMatrix, Product, SendPtr};
+use super::linear_bf16::{self, Rounded};
 use super::pool::{PoolConfig, ThreadPool};
 use super::quantized::{self, Activations, QuantizedMatrix};
 use super::rms_norm::{self, RmsNormRow};
@@ -22,12 +23,21 @@ use crate::{
 pub(super) const PARALLEL_FROM: usize = 1 << 14;
 
 /// How the CPU backend runs.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuConfig {
     /// The threads.
     pub pool: PoolConfig,
     /// Use kernels of this instruction set at most; for comparing variants. Default: the best that the machine has.
     pub isa: Option<Isa>,
+    /// [`DType::F32`], or [`DType::BF16`] to round activations to bf16 in products with bf16 weights, for AVX-512 BF16 or AMX.
+    /// Default: f32.
+    pub compute: DType,
+}
+
+impl Default for CpuConfig {
+    fn default() -> Self {
+        Self { pool: PoolConfig::default(), isa: None, compute: DType::F32 }
+    }
 }
 
 /// Activations `[rows, cols]` in f32, with room for a fixed number of rows.
@@ -133,11 +143,11 @@ pub fn packed_bytes(rows: usize, cols: usize, dtype: DType, scheme: Option<Schem
     }
 }
 
-/// Bytes that products with quantized weights work in beside activations, for steps of `max_rows` rows and matrices of up to
+/// Bytes that products with quantized weights, or in bf16, work in beside activations, for steps of `max_rows` rows and matrices of up to
 /// `max_cols` columns.
 #[must_use]
 pub fn workspace_bytes(max_rows: usize, max_cols: usize) -> usize {
-    Activations::max_bytes(max_rows, max_cols)
+    Activations::max_bytes(max_rows, max_cols).max(Rounded::max_bytes(max_rows, max_cols))
 }
 
 /// The operators on the CPU: activations in f32, weights as stored, a pool of threads of its own.
@@ -147,6 +157,8 @@ pub fn workspace_bytes(max_rows: usize, max_cols: usize) -> usize {
 pub struct CpuBackend {
     pool: ThreadPool,
     product: Product,
+    bf16_product: Option<linear_bf16::Product>,
+    bf16_rows: Rounded,
     quantized_product: quantized::Product,
     quantized_rows: Activations,
     norm: RmsNormRow,
@@ -178,8 +190,21 @@ impl CpuBackend {
             let what = format!("the instruction set {isa:?} on this machine");
             return Err(KernelError::Unsupported { op: "CpuBackend::new", what, backend: "cpu" });
         }
+        let bf16_product = match config.compute {
+            DType::F32 => None,
+            DType::BF16 if linear_bf16::best(isa).is_some() => linear_bf16::best(isa),
+            other => {
+                let what = match other {
+                    DType::BF16 => "computing in bf16 without AVX-512 BF16 or AMX".to_owned(),
+                    other => format!("computing in {other}"),
+                };
+                return Err(KernelError::Unsupported { op: "CpuBackend::new", what, backend: "cpu" });
+            }
+        };
         Ok(Self {
             pool: ThreadPool::new(&config.pool)?,
+            bf16_product,
+            bf16_rows: Rounded::default(),
             product: linear::best(isa),
             quantized_product: quantized::best(isa),
             quantized_rows: Activations::default(),
@@ -400,7 +425,12 @@ impl Backend for CpuBackend {
         check("linear", "columns of x", weight.cols(), x.cols)?;
         out.resize("linear", x.rows, weight.rows())?;
         match weight {
-            CpuLinear::Dense(weight) => linear::run(self.product, out.values_mut(), x.values(), weight, &self.pool),
+            CpuLinear::Dense(weight) => match self.bf16_product {
+                Some(product) if weight.dtype() == DType::BF16 => {
+                    linear_bf16::run(product, out.values_mut(), x.values(), weight, &mut self.bf16_rows, &self.pool)
+                }
+                _ => linear::run(self.product, out.values_mut(), x.values(), weight, &self.pool),
+            },
             CpuLinear::Quantized(weight) => {
                 let (product, scratch) = (self.quantized_product, &mut self.quantized_rows);
                 quantized::run(product, out.values_mut(), x.values(), weight, scratch, &self.pool)

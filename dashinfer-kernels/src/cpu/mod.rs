@@ -7,6 +7,7 @@ mod attention;
 mod backend;
 mod isa;
 mod linear;
+mod linear_bf16;
 mod math;
 mod pool;
 mod quantized;

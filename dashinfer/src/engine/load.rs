@@ -353,8 +353,16 @@ impl Load {
         target.check_quantization(set.quantization)?;
         let packed_bytes = |rows, cols, stored, scheme| target.packed_bytes(rows, cols, stored, scheme, compute);
         let (spec, source) = (&opened.spec, opened.source.as_ref());
-        let mut model = MemoryEstimate::new(spec, source, compute, kv_cache, limits, set.quantization, &packed_bytes)?;
-        model.activation_bytes += target.workspace_bytes(spec, limits, set.quantization);
+        let mut model = MemoryEstimate::new(
+            spec,
+            source,
+            target.activation_type(compute),
+            kv_cache,
+            limits,
+            set.quantization,
+            &packed_bytes,
+        )?;
+        model.activation_bytes += target.workspace_bytes(spec, limits, compute, set.quantization);
         let cache = CachePlan {
             block_size: set.block_size,
             context: opened.spec.max_positions,
@@ -492,7 +500,7 @@ fn start(load: &mut Load, ended: watch::Receiver<()>) -> Result<(Engine, Run), E
     let plan = load.plan(&opened, &target)?;
     match target {
         Target::Cpu => {
-            let config = CpuConfig { pool: load.settings.pool(), isa: load.settings.isa };
+            let config = CpuConfig { pool: load.settings.pool(), isa: load.settings.isa, compute: plan.compute };
             start_on(CpuBackend::new(&config)?, load, opened, plan, ended)
         }
         #[cfg(not(feature = "cuda"))]

@@ -47,14 +47,23 @@ impl Target {
         }
     }
 
-    /// The type of activations.
+    /// The type in which the model is computed.
     pub(super) fn compute_type(&self, asked: Option<DType>, opened: &Opened) -> Result<DType, Error> {
         match self {
             Self::Cpu => match asked {
-                None | Some(DType::F32) => Ok(DType::F32),
+                None => Ok(DType::F32),
+                Some(dtype @ (DType::F32 | DType::BF16)) => Ok(dtype),
                 Some(dtype) => Err(unsupported(format!("computing in {dtype}"), "cpu")),
             },
             Self::Cuda(_) => Ok(asked.unwrap_or_else(|| most_stored(opened))),
+        }
+    }
+
+    /// The type of activations between operators.
+    pub(super) fn activation_type(&self, compute: DType) -> DType {
+        match self {
+            Self::Cpu => DType::F32,
+            Self::Cuda(_) => compute,
         }
     }
 
@@ -94,9 +103,15 @@ impl Target {
     }
 
     /// What operators need beside activations.
-    pub(super) fn workspace_bytes(&self, spec: &ModelSpec, limits: StepLimits, quantization: Quantization) -> u64 {
+    pub(super) fn workspace_bytes(
+        &self,
+        spec: &ModelSpec,
+        limits: StepLimits,
+        compute: DType,
+        quantization: Quantization,
+    ) -> u64 {
         match self {
-            Self::Cpu if quantization == Quantization::NONE => 0,
+            Self::Cpu if quantization == Quantization::NONE && compute == DType::F32 => 0,
             Self::Cpu => {
                 let attention = spec.attention.num_heads * spec.attention.head_dim;
                 let cols = spec.hidden_size.max(attention).max(spec.mlp.size);

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocked::{self, F16, F32, Tile, Tiles, group_bytes};
+use super::blocked::{self, BF16, F16, F32, Tile, Tiles, group_bytes};
 use super::pack::PANEL;
 use super::{Job, Output};
 
@@ -54,7 +54,7 @@ unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32) {
     for k in 0..groups {
         // SAFETY: group `k` exists on both sides; `to` is aligned to a cache line.
         unsafe {
-            let [low, high] = load16::<TYPE>(from.add(k * group_bytes(TYPE)));
+            let [low, high] = load16::<TYPE>(from, k, k % 2 == 1);
             _mm256_store_ps(to.add(k * PANEL), low);
             _mm256_store_ps(to.add(k * PANEL + 8), high);
         }
@@ -75,10 +75,10 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
         *acc = unsafe { [_mm256_loadu_ps(start.as_ptr()), _mm256_loadu_ps(start.as_ptr().add(8))] };
     }
     let (x, cols, steps) = (tile.x(ROWS), tile.job.weight.cols(), tile.ks.len());
-    let step = |k: usize, acc: &mut [[__m256; 2]; ROWS]| {
+    let step = |k: usize, odd: bool, acc: &mut [[__m256; 2]; ROWS]| {
         // SAFETY: `k < steps`, so group `k` can be read, and value `ks.start + k` of each row exists.
         unsafe {
-            let [low, high] = load16::<TYPE>(tile.weights.add(k * group_bytes(TYPE)));
+            let [low, high] = load16::<TYPE>(tile.weights, k, odd);
             for (i, acc) in acc.iter_mut().enumerate() {
                 let x = _mm256_broadcast_ss(&*x.add(i * cols + k));
                 acc[0] = _mm256_fmadd_ps(x, low, acc[0]);
@@ -90,13 +90,13 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
     for k in (0..whole).step_by(4) {
         _mm_prefetch::<_MM_HINT_T0>(tile.ahead.wrapping_add(k * 32).cast());
         _mm_prefetch::<_MM_HINT_T0>(tile.ahead.wrapping_add(k * 32 + 64).cast());
-        step(k, &mut acc);
-        step(k + 1, &mut acc);
-        step(k + 2, &mut acc);
-        step(k + 3, &mut acc);
+        step(k, false, &mut acc);
+        step(k + 1, true, &mut acc);
+        step(k + 2, false, &mut acc);
+        step(k + 3, true, &mut acc);
     }
     for k in whole..steps {
-        step(k, &mut acc);
+        step(k, k % 2 == 1, &mut acc);
     }
     for (i, acc) in acc.iter().enumerate() {
         let mut sums = [0.0; PANEL];
@@ -109,15 +109,16 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
     }
 }
 
-/// The 16 weights of a group as f32, the first eight columns and the other eight.
+/// The 16 weights of group `k` as f32, the first eight columns and the other eight; `odd` says whether `k` is.
 ///
 /// # Safety
-/// A whole group must be readable at `group`.
+/// The group, and of bf16 the pair of groups that it belongs to, must be readable.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load16<const TYPE: u8>(group: *const u8) -> [__m256; 2] {
+unsafe fn load16<const TYPE: u8>(weights: *const u8, k: usize, odd: bool) -> [__m256; 2] {
     // SAFETY: the caller's promise; 16 values are 64 bytes of f32 and 32 bytes of the others.
     unsafe {
+        let group = weights.add((if TYPE == BF16 { k & !1 } else { k }) * group_bytes(TYPE));
         match TYPE {
             F32 => [_mm256_loadu_ps(group.cast()), _mm256_loadu_ps(group.cast::<f32>().add(8))],
             F16 => [
@@ -125,10 +126,12 @@ unsafe fn load16<const TYPE: u8>(group: *const u8) -> [__m256; 2] {
                 _mm256_cvtph_ps(_mm_loadu_si128(group.cast::<__m128i>().add(1))),
             ],
             _ => {
-                let pairs = _mm256_loadu_si256(group.cast());
-                let low = _mm256_slli_epi32::<16>(pairs);
-                let high = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
-                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+                let pairs = [0, 1].map(|half| _mm256_loadu_si256(group.cast::<__m256i>().add(half)));
+                let odd_ones = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+                pairs.map(|pairs| {
+                    let bits = if odd { _mm256_and_si256(pairs, odd_ones) } else { _mm256_slli_epi32::<16>(pairs) };
+                    _mm256_castsi256_ps(bits)
+                })
             }
         }
     }

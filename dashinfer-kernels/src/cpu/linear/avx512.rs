@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocked::{self, F16, F32, Tile, Tiles, group_bytes};
+use super::blocked::{self, BF16, F16, F32, Tile, Tiles, group_bytes};
 use super::pack::PANEL;
 use super::{Job, Output};
 
@@ -64,7 +64,7 @@ impl Tiles for Avx512 {
 unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32) {
     for k in 0..groups {
         // SAFETY: group `k` exists on both sides; `to` is aligned to a cache line.
-        unsafe { _mm512_store_ps(to.add(k * PANEL), load16::<TYPE>(from.add(k * group_bytes(TYPE)))) };
+        unsafe { _mm512_store_ps(to.add(k * PANEL), load16::<TYPE>(from, k, k % 2 == 1)) };
     }
 }
 
@@ -81,10 +81,10 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
         *acc = unsafe { _mm512_loadu_ps(tile.start(i).as_ptr()) };
     }
     let (x, cols, steps) = (tile.x(ROWS), tile.job.weight.cols(), tile.ks.len());
-    let step = |k: usize, acc: &mut [__m512; ROWS]| {
+    let step = |k: usize, odd: bool, acc: &mut [__m512; ROWS]| {
         // SAFETY: `k < steps`, so group `k` can be read, and value `ks.start + k` of each row exists.
         unsafe {
-            let weights = load16::<TYPE>(tile.weights.add(k * group_bytes(TYPE)));
+            let weights = load16::<TYPE>(tile.weights, k, odd);
             for (i, acc) in acc.iter_mut().enumerate() {
                 *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(i * cols + k)), weights, *acc);
             }
@@ -94,13 +94,13 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
     for k in (0..whole).step_by(4) {
         _mm_prefetch::<_MM_HINT_T0>(tile.ahead.wrapping_add(k * 32).cast());
         _mm_prefetch::<_MM_HINT_T0>(tile.ahead.wrapping_add(k * 32 + 64).cast());
-        step(k, &mut acc);
-        step(k + 1, &mut acc);
-        step(k + 2, &mut acc);
-        step(k + 3, &mut acc);
+        step(k, false, &mut acc);
+        step(k + 1, true, &mut acc);
+        step(k + 2, false, &mut acc);
+        step(k + 3, true, &mut acc);
     }
     for k in whole..steps {
-        step(k, &mut acc);
+        step(k, k % 2 == 1, &mut acc);
     }
     for (i, acc) in acc.iter().enumerate() {
         let mut sums = [0.0; PANEL];
@@ -112,23 +112,27 @@ unsafe fn tile_of<const TYPE: u8, const ROWS: usize>(tile: &Tile<'_>) {
     }
 }
 
-/// The 16 weights of a group as f32.
+/// The 16 weights of group `k` as f32; `odd` says whether `k` is.
 ///
 /// # Safety
-/// A whole group must be readable at `group`.
+/// The group, and of bf16 the pair of groups that it belongs to, must be readable.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load16<const TYPE: u8>(group: *const u8) -> __m512 {
+unsafe fn load16<const TYPE: u8>(weights: *const u8, k: usize, odd: bool) -> __m512 {
     // SAFETY: the caller's promise; 16 values are 64 bytes of f32 and 32 bytes of the others.
     unsafe {
+        let group = weights.add((if TYPE == BF16 { k & !1 } else { k }) * group_bytes(TYPE));
         match TYPE {
             F32 => _mm512_loadu_ps(group.cast()),
             F16 => _mm512_cvtph_ps(_mm256_loadu_si256(group.cast())),
             _ => {
-                let pairs = _mm256_loadu_si256(group.cast());
-                let low = _mm256_slli_epi32::<16>(pairs);
-                let high = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
-                _mm512_castsi512_ps(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high))
+                let pairs = _mm512_loadu_si512(group.cast());
+                let odd_ones = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+                _mm512_castsi512_ps(if odd {
+                    _mm512_and_si512(pairs, odd_ones)
+                } else {
+                    _mm512_slli_epi32::<16>(pairs)
+                })
             }
         }
     }

@@ -29,7 +29,7 @@ pub(super) const F16: u8 = 1;
 /// [`DType::BF16`]; see [`F32`].
 pub(super) const BF16: u8 = 2;
 
-/// Bytes of a group of 16 weights.
+/// Bytes of a group of 16 weights; of bf16, half the bytes of a pair of groups.
 pub(super) const fn group_bytes(kind: u8) -> usize {
     if kind == F32 { PANEL * 4 } else { PANEL * 2 }
 }
@@ -39,7 +39,7 @@ pub(super) trait Tiles {
     /// Rows of a register tile.
     const MAX_ROWS: usize;
 
-    /// Steps of `k` for which a part of a panel stays in the L1 cache while all rows pass over it.
+    /// Steps of `k`, an even number, for which a part of a panel stays in the L1 cache while all rows pass over it.
     const K_BLOCK: usize;
 
     /// From this many rows on, a part of a panel is brought to f32 once and multiplied from the L1 cache; below, or without

@@ -11,7 +11,7 @@ mod scalar;
 
 use std::ops::Range;
 
-pub(crate) use pack::{PANEL, SendPtr, Stack, packed_bytes};
+pub(crate) use pack::{BF16_STEP, PANEL, SendPtr, Stack, packed_bytes, place};
 pub use pack::{PackedMatrix, to_bytes};
 
 use super::isa::{Isa, Variant, choose};

@@ -5,8 +5,8 @@
 //! output is one chain of fused multiply-adds over `k = 0, 1, ..`, whatever the number of rows and on every instruction
 //! set: that is why a row's result does not depend on its batch.
 //!
-//! In a 16-bit group of bf16 the columns `c` and `c + 8` are neighbours: as little-endian 32-bit lanes, a shift gives the
-//! first eight columns as f32 and a mask gives the other eight.
+//! Weights in bf16 stand in pairs of neighbouring `k`, `[K / 2][16][2]`, with `K` padded to 32: as little-endian 32-bit lanes, a shift gives
+//! the even one of each column as f32 and a mask the odd one, and dot products of bf16 eat the pairs as they are.
 
 use half::{bf16, f16};
 
@@ -38,7 +38,7 @@ impl PackedMatrix {
         let stack = Stack::new(parts, bias)?;
         let (rows, cols, dtype, panels) = (stack.rows, stack.cols, stack.dtype, stack.rows.div_ceil(PANEL));
         let mut data = AlignedBuf::<u8>::zeroed("a weight matrix", packed_bytes(rows, cols, dtype))?;
-        let panel_bytes = PANEL * cols * dtype.size_bytes();
+        let panel_bytes = panel_bytes(cols, dtype);
         let start = SendPtr(data.as_mut_ptr());
         pool.run(panels, &|panel, _| {
             // SAFETY: panels are disjoint, each is `panel_bytes` long, and all lie within `data`.
@@ -84,9 +84,9 @@ impl PackedMatrix {
         self.rows.div_ceil(PANEL)
     }
 
-    /// Panel `panel`: `[K][16]`.
+    /// Panel `panel`: `[K][16]`, or of bf16 `[K / 2][16][2]`.
     pub(crate) fn panel(&self, panel: usize) -> &[u8] {
-        let bytes = PANEL * self.cols * self.dtype.size_bytes();
+        let bytes = panel_bytes(self.cols, self.dtype);
         &self.data[panel * bytes..][..bytes]
     }
 
@@ -102,9 +102,8 @@ impl PackedMatrix {
     /// Row `row` as f32 into `out` `[K]`: an embedding.
     pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
         let panel = self.panel(row / PANEL);
-        let lane = lane_in_group(row % PANEL, self.dtype);
         for (k, out) in out.iter_mut().enumerate() {
-            *out = crate::element(panel, self.dtype, k * PANEL + lane);
+            *out = crate::element(panel, self.dtype, place(row % PANEL, k, self.dtype));
         }
     }
 }
@@ -171,14 +170,25 @@ impl<'a> Stack<'a> {
 
 /// Bytes of a packed `[rows, cols]` matrix.
 pub(crate) fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
-    rows.div_ceil(PANEL).saturating_mul(PANEL).saturating_mul(cols).saturating_mul(dtype.size_bytes())
+    rows.div_ceil(PANEL).saturating_mul(panel_bytes(cols, dtype))
 }
 
-/// Where column `lane` of a panel stands in a group of 16.
-pub(crate) fn lane_in_group(lane: usize, dtype: DType) -> usize {
+/// Input features of bf16 are padded to whole steps of this many.
+pub(crate) const BF16_STEP: usize = 32;
+
+fn panel_bytes(cols: usize, dtype: DType) -> usize {
+    let cols = match dtype {
+        DType::BF16 => cols.checked_next_multiple_of(BF16_STEP).unwrap_or(cols),
+        DType::F16 | DType::F32 => cols,
+    };
+    cols.saturating_mul(PANEL * dtype.size_bytes())
+}
+
+/// The element of a panel that holds input feature `k` of output feature `lane`.
+pub(crate) fn place(lane: usize, k: usize, dtype: DType) -> usize {
     match dtype {
-        DType::BF16 => (lane % 8) * 2 + lane / 8,
-        DType::F16 | DType::F32 => lane,
+        DType::BF16 => k / 2 * (2 * PANEL) + lane * 2 + k % 2,
+        DType::F16 | DType::F32 => k * PANEL + lane,
     }
 }
 
@@ -190,10 +200,16 @@ fn scatter(panel: &mut [u8], row: &[u8], dtype: DType, lane: usize) {
             group[lane] = *value;
         }
     }
-    let lane = lane_in_group(lane, dtype);
     match dtype {
         DType::F32 => spread::<4>(panel, row, lane),
-        DType::F16 | DType::BF16 => spread::<2>(panel, row, lane),
+        DType::F16 => spread::<2>(panel, row, lane),
+        DType::BF16 => {
+            // Two values at a time; the last may be alone.
+            spread::<4>(panel, row, lane);
+            if let [low, high] = row.as_chunks::<4>().1 {
+                panel[row.len() / 4 * (4 * PANEL) + lane * 4..][..2].copy_from_slice(&[*low, *high]);
+            }
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::pack::{PANEL, lane_in_group};
+use super::pack::place;
 use super::{Job, Output};
 use crate::element;
 
@@ -19,7 +19,7 @@ pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<us
             let mut sums = bias;
             for (k, x) in x.iter().enumerate() {
                 for (lane, sum) in sums.iter_mut().enumerate() {
-                    *sum = x.mul_add(element(weights, dtype, k * PANEL + lane_in_group(lane, dtype)), *sum);
+                    *sum = x.mul_add(element(weights, dtype, place(lane, k, dtype)), *sum);
                 }
             }
             // SAFETY: the caller gives this thread these columns of these rows.

@@ -9,8 +9,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WIDE, WORDS, ZEROS, code_bytes};
 use super::avx2_dot::{Sums, bytes, words};
+use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WIDE, WORDS, ZEROS, code_bytes};
 use super::{Job, Operand, Output};
 use crate::Scheme;
 use crate::quant::{ActivationBits, PANEL, WeightBits};

@@ -12,11 +12,27 @@ pub(super) struct Sums(pub(super) [[__m256i; 2]; 6]);
 macro_rules! row {
     ($mul:literal, $add:literal, $at:literal, $address:literal, $first:literal, $second:literal) => {
         concat!(
-            "vpbroadcastd ymm14, dword ptr [", $address, " + ", $at, "]\n",
-            $mul, " ymm15, ymm12, ymm14\n",
-            $add, " ymm", $first, ", ymm", $first, ", ymm15\n",
-            $mul, " ymm14, ymm13, ymm14\n",
-            $add, " ymm", $second, ", ymm", $second, ", ymm14\n",
+            "vpbroadcastd ymm14, dword ptr [",
+            $address,
+            " + ",
+            $at,
+            "]\n",
+            $mul,
+            " ymm15, ymm12, ymm14\n",
+            $add,
+            " ymm",
+            $first,
+            ", ymm",
+            $first,
+            ", ymm15\n",
+            $mul,
+            " ymm14, ymm13, ymm14\n",
+            $add,
+            " ymm",
+            $second,
+            ", ymm",
+            $second,
+            ", ymm14\n",
         )
     };
 }
@@ -110,14 +126,35 @@ macro_rules! dots {
         dot!($one, $mul, $add, ["{x}", "0", "1"]);
         dot!($two, $mul, $add, ["{x}", "0", "1"], ["{x} + {s}", "2", "3"]);
         dot!($three, $mul, $add, ["{x}", "0", "1"], ["{x} + {s}", "2", "3"], ["{x} + 2*{s}", "4", "5"]);
-        dot!($four, $mul, $add, ["{x}", "0", "1"], ["{x} + {s}", "2", "3"], ["{x} + 2*{s}", "4", "5"], ["{x3}", "6", "7"]);
         dot!(
-            $five, $mul, $add, ["{x}", "0", "1"], ["{x} + {s}", "2", "3"], ["{x} + 2*{s}", "4", "5"], ["{x3}", "6", "7"],
+            $four,
+            $mul,
+            $add,
+            ["{x}", "0", "1"],
+            ["{x} + {s}", "2", "3"],
+            ["{x} + 2*{s}", "4", "5"],
+            ["{x3}", "6", "7"]
+        );
+        dot!(
+            $five,
+            $mul,
+            $add,
+            ["{x}", "0", "1"],
+            ["{x} + {s}", "2", "3"],
+            ["{x} + 2*{s}", "4", "5"],
+            ["{x3}", "6", "7"],
             ["{x} + 4*{s}", "8", "9"]
         );
         dot!(
-            $six, $mul, $add, ["{x}", "0", "1"], ["{x} + {s}", "2", "3"], ["{x} + 2*{s}", "4", "5"], ["{x3}", "6", "7"],
-            ["{x} + 4*{s}", "8", "9"], ["{x3} + 2*{s}", "10", "11"]
+            $six,
+            $mul,
+            $add,
+            ["{x}", "0", "1"],
+            ["{x} + {s}", "2", "3"],
+            ["{x} + 2*{s}", "4", "5"],
+            ["{x3}", "6", "7"],
+            ["{x} + 4*{s}", "8", "9"],
+            ["{x3} + 2*{s}", "10", "11"]
         );
 
         /// Sums of `ROWS` rows over `count` times eight steps.

@@ -2,9 +2,13 @@
 
 mod activations;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod amx;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2_dot;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod avx512;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod blocked;
 mod matrix;
@@ -39,6 +43,10 @@ pub(crate) struct Product {
 
 pub(crate) static VARIANTS: &[Variant<Product>] = &[
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    Variant { isa: Isa::Amx, run: Product { operand: avx512::operand, run: amx::product } },
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    Variant { isa: Isa::Avx512Vnni, run: Product { operand: avx512::operand, run: avx512::product } },
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: Product { operand: avx2::operand, run: avx2::product } },
     Variant { isa: Isa::Scalar, run: Product { operand: |_| Operand::Words, run: scalar::product } },
 ];
@@ -69,8 +77,9 @@ pub(crate) fn run(
     let out = Output::new(out, weight.rows());
     let job = Job { x: scratch, weight };
     let panels = weight.num_panels();
-    // Several tasks for each thread, so that a thread that the system interrupts holds the others up by little.
-    let per_task = panels.div_ceil(pool.num_threads() * 8).max(1);
+    // Several tasks for each thread, so that a thread that the system interrupts holds the others up by little; of an even number of
+    // panels, since tiles take two.
+    let per_task = panels.div_ceil(pool.num_threads() * 8).next_multiple_of(if rows < 16 { 1 } else { 2 }).max(1);
     pool.run(panels.div_ceil(per_task), &|task, _| {
         let panels = task * per_task..panels.min((task + 1) * per_task);
         // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels, so its
