@@ -1,4 +1,4 @@
-//! `exp` in eight lanes.
+//! `exp` in eight lanes, and in four.
 
 /// `exp` of eight values: range reduction by `ln 2` in two parts, then a polynomial of degree 6 (its coefficients are those of
 /// the Taylor series; on `|r| <= ln 2 / 2` the remainder is below 2e-7 relative). Below −87.3 the result is 0; above 88.3
@@ -26,6 +26,28 @@ pub(crate) fn exp8(x: std::arch::x86_64::__m256) -> std::arch::x86_64::__m256 {
     _mm256_andnot_ps(underflow, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)))
 }
 
+/// `exp` of four values, in the steps of `exp8`.
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn exp4(x: std::arch::aarch64::float32x4_t) -> std::arch::aarch64::float32x4_t {
+    use std::arch::aarch64::*;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let underflow = vcltq_f32(x, vdupq_n_f32(-87.3));
+    let x = vminq_f32(vdupq_n_f32(88.3), vmaxq_f32(vdupq_n_f32(-87.3), x));
+    let n = vrndnq_f32(vmulq_n_f32(x, std::f32::consts::LOG2_E));
+    let r = vfmsq_n_f32(x, n, LN2_HIGH);
+    let r = vfmsq_n_f32(r, n, LN2_LOW);
+    let mut p = vdupq_n_f32(1.0 / 720.0);
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = vfmaq_f32(vdupq_n_f32(c), p, r);
+    }
+    let exponent = vshlq_n_s32::<23>(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)));
+    let y = vmulq_f32(p, vreinterpretq_f32_s32(exponent));
+    vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), underflow))
+}
+
 /// The sum of eight lanes, as a fixed tree.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 #[inline]
@@ -40,6 +62,21 @@ pub(crate) fn sum8(x: std::arch::x86_64::__m256) -> f32 {
 #[cfg(test)]
 pub(crate) mod tests {
     pub(crate) use crate::random::noise;
+
+    /// Checks `exp` of a few values at a time.
+    #[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
+    fn check_exp<const LANES: usize>(exp: impl Fn(&[f32; LANES]) -> [f32; LANES]) {
+        for i in 0..160_000 / LANES {
+            let x: [f32; LANES] = std::array::from_fn(|lane| (i * LANES + lane) as f32 / 1000.0 - 85.0);
+            for (x, y) in x.iter().zip(exp(&x)) {
+                let want = f64::from(*x).exp();
+                assert!((f64::from(y) / want - 1.0).abs() < 4e-7, "exp({x}) = {y}, should be {want}");
+            }
+        }
+        let mut ends = [0.0; LANES];
+        ends[..2].copy_from_slice(&[f32::NEG_INFINITY, -100.0]);
+        assert_eq!(exp(&ends)[..3], [0.0, 0.0, 1.0]);
+    }
 
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     #[test]
@@ -56,16 +93,19 @@ pub(crate) mod tests {
             unsafe { _mm256_storeu_ps(out.as_mut_ptr(), super::exp8(_mm256_loadu_ps(x.as_ptr()))) };
             out
         }
-        for i in 0..20_000 {
-            let x: [f32; 8] = std::array::from_fn(|lane| (i * 8 + lane) as f32 / 1000.0 - 85.0);
-            // SAFETY: AVX2 was detected above; `is_available` includes FMA.
-            for (x, y) in x.iter().zip(unsafe { run(&x) }) {
-                let want = f64::from(*x).exp();
-                assert!((f64::from(y) / want - 1.0).abs() < 4e-7, "exp({x}) = {y}, should be {want}");
-            }
-        }
-        // SAFETY: as above.
-        let [zero, none, one, ..] = unsafe { run(&[f32::NEG_INFINITY, -100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]) };
-        assert_eq!([zero, none, one], [0.0, 0.0, 1.0]);
+        // SAFETY: AVX2 was detected above; `is_available` includes FMA.
+        check_exp(|x| unsafe { run(x) });
+    }
+
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    #[test]
+    fn exp4_is_exp_to_a_few_ulps() {
+        use std::arch::aarch64::*;
+        check_exp(|x: &[f32; 4]| {
+            let mut out = [0.0; 4];
+            // SAFETY: every 64-bit Arm has NEON; both arrays hold four values.
+            unsafe { vst1q_f32(out.as_mut_ptr(), super::exp4(vld1q_f32(x.as_ptr()))) };
+            out
+        });
     }
 }

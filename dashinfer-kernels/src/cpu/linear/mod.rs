@@ -4,8 +4,10 @@
 mod avx2;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx512;
-#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
 mod blocked;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod neon;
 mod pack;
 mod scalar;
 
@@ -66,7 +68,10 @@ impl Output {
     /// # Safety
     /// As for [`store`](Self::store), and these columns were written before.
     #[inline(always)]
-    #[cfg_attr(not(all(feature = "x86", target_arch = "x86_64")), expect(dead_code, reason = "for blocked variants"))]
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        expect(dead_code, reason = "for blocked variants")
+    )]
     pub(crate) unsafe fn load(self, row: usize, panel: usize, sums: &mut [f32; PANEL]) {
         // SAFETY: as in `store`.
         unsafe {
@@ -84,6 +89,8 @@ pub(crate) static VARIANTS: &[Variant<Product>] = &[
     Variant { isa: Isa::Avx512, run: avx512::product },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: avx2::product },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::Neon, run: neon::product },
     Variant { isa: Isa::Scalar, run: scalar::product },
 ];
 

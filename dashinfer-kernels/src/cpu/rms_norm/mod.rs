@@ -2,6 +2,8 @@
 
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod neon;
 mod scalar;
 
 use super::isa::{Isa, Variant, choose};
@@ -14,6 +16,8 @@ pub(crate) type RmsNormRow = unsafe fn(&mut [f32], &[f32], &[f32], f32);
 pub(crate) static VARIANTS: &[Variant<RmsNormRow>] = &[
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: avx2::row },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::Neon, run: neon::row },
     Variant { isa: Isa::Scalar, run: scalar::row },
 ];
 
