@@ -9,6 +9,7 @@ different ways and do not suffer alike. See README.md for how to get llama.cpp. 
 import argparse
 import json
 import os
+import re
 import resource
 import shlex
 import statistics
@@ -58,6 +59,16 @@ class Others:
     def _now():
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return time.monotonic(), busy_seconds(), sum(each.ru_utime + each.ru_stime for each in usage)
+
+
+def wait_for_quiet(seconds):
+    """Waits until others leave the machine alone, but no longer than that."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        others = Others()
+        time.sleep(2)
+        if (others.share() or 0) <= BUSY:
+            return
 
 
 def run(command):
@@ -141,10 +152,11 @@ def llama_cpp(args, case):
             batches = ",".join(str(batch) for batch in args.decode for _ in range(args.repeat))
             room = max(args.decode) * (CONTEXT + DECODED) + 256
             command = [args.batched_bench, *common, *flash, "-c", str(room), "-npp", str(CONTEXT), "-ntg", str(DECODED)]
-            out, errors = run([*command, "-npl", batches, "--output-format", "jsonl"])
+            out, errors = run([*command, "-npl", batches, "--output-format", "jsonl", "-lv", "4"])
             for test in json_lines(out):
                 times.add(f"decode b{test['pl']}", test["speed_tg"], attention)
-            times.notes += [line.strip() for line in (out + errors).splitlines() if "system_info" in line]
+            # `AMX` and `CPU_REPACK` are weights laid out for kernels of their own.
+            times.notes += re.findall(r"load_tensors: +(\S+ model buffer size = +\S+ \S+)", out + errors)
     return times
 
 
@@ -176,6 +188,7 @@ def measure(args, case, notes):
         for name, engine in ENGINES.items():
             if name == "dashinfer" and not args.throughput:
                 continue
+            wait_for_quiet(args.wait)
             others = Others()
             times = found[name] = engine(args, case)
             share = others.share()
@@ -187,7 +200,7 @@ def measure(args, case, notes):
             beside = "" if share is None else f" (others used {100 * share:.0f} % of the machine)"
             log(f"{case.shape} {times.type} round {number + 1} {name}: {shown}{beside}")
             for note in times.notes:
-                notes.setdefault(f"{name}: {note}")
+                notes.setdefault(f"{case.shape}, {times.type}, {name}: {note}")
         rounds.append((found, busy))
     return rounds
 
@@ -243,6 +256,7 @@ def parse():
     add("--decode", type=numbers, default=[1, 8], metavar="B,..", help="batches (default: 1,8; '' for none)")
     add("--threads", type=int, required=True)
     add("--rounds", type=int, default=3)
+    add("--wait", type=float, default=0, metavar="SECONDS", help="before each run, for a quiet machine, at most (default: 0)")
     add("--repeat", type=int, default=1, help="best of so many within a round, of both (default: 1)")
     args = parser.parse_args()
     if min(args.rounds, args.threads, args.repeat) < 1:
