@@ -1,19 +1,14 @@
 #!/usr/bin/env python3
 """Writes a GGUF with random weights in a published shape, so that llama.cpp can be timed without a download.
 
-usage: random_gguf.py SHAPE TYPE OUT
-
-  SHAPE   qwen2.5-0.5b, qwen2.5-1.5b or qwen2.5-7b, as in `throughput --shape`
-  TYPE    f16, bf16, q8_0 or q4_0, of all matrices
-  OUT     the file
-
-Needs numpy and gguf (`pip install numpy gguf`, or the `gguf-py` folder of the llama.cpp in question in PYTHONPATH).
-Takes about a second for 100 MB. The same arguments give the same file.
+The weights are normal, of deviation 0.02, rounded to their type as llama.cpp rounds them. Four million of them are made and
+repeated from another start in each matrix: kernels do not take longer or shorter for that, and 7b takes seconds. The
+same arguments give the same file. Needs numpy.
 """
 
-import sys
+import argparse
+import struct
 
-import gguf
 import numpy as np
 
 # Hidden size, layers, query heads, key/value heads, MLP size, vocabulary, tied; from the models' pages on the hub.
@@ -23,89 +18,177 @@ SHAPES = {
     "qwen2.5-7b": (3584, 28, 28, 4, 18944, 152064, False),
 }
 
-# Of a block of 32 quantized weights: bytes, and the scale in front. Scales are of the size that a trained model has.
-BLOCKS = {"q8_0": (34, 0.0003), "q4_0": (18, 0.004)}
-
-TYPES = {
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-}
+BLOCK = 32  # weights that share a scale
+NUM_BLOCKS = 131071  # that are made of a type: a prime, so that few rows begin alike
+F32 = 0  # of the types of GGUF
+ALIGNMENT = 32  # of tensors in a file
 
 
-def matrix(random, dtype, rows, cols):
-    """Random weights `[rows, cols]`, in the bytes of the type."""
-    if dtype in BLOCKS:
-        size, scale = BLOCKS[dtype]
-        blocks = random.integers(0, 256, (rows * cols // 32, size), dtype=np.uint8)
-        blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-        return blocks.reshape(rows, -1)
-    values = random.standard_normal((rows, cols), dtype=np.float32) * np.float32(0.02)
-    if dtype == "f16":
-        return values.astype(np.float16)
-    return np.ascontiguousarray((values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
+def f16(weights):
+    return weights.astype(np.float16)
 
 
-def write(shape, dtype, path):
-    """Writes the file."""
+def bf16(weights):
+    return (weights.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def q8_0(weights):
+    """A scale in f16 and 32 signed bytes: the largest magnitude becomes 127."""
+    scale = np.abs(weights).max(axis=1, keepdims=True) / np.float32(127)
+    values = np.rint(weights / scale).astype(np.int8)
+    return np.hstack([scale.astype(np.float16).view(np.uint8), values.view(np.uint8)])
+
+
+def q4_0(weights):
+    """A scale in f16 and 32 times four bits less 8, the first 16 in the lower halves: the largest magnitude becomes -8."""
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1, keepdims=True), axis=1)
+    scale = largest / np.float32(-8)
+    values = np.minimum(15, weights / scale + np.float32(8.5)).astype(np.uint8)
+    return np.hstack([scale.astype(np.float16).view(np.uint8), values[:, :16] | values[:, 16:] << 4])
+
+
+# Number of the type of a tensor, and of a file that is mostly of that type, in GGUF; how its blocks are made.
+TYPES = {"f16": (1, 1, f16), "bf16": (30, 32, bf16), "q8_0": (8, 7, q8_0), "q4_0": (2, 2, q4_0)}
+
+
+def string(text):
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def value(item):
+    """A typed value of the metadata: u32, f32, a string, or an array of strings or of i32."""
+    if isinstance(item, int):
+        return struct.pack("<II", 4, item)
+    if isinstance(item, float):
+        return struct.pack("<If", 6, item)
+    if isinstance(item, str):
+        return struct.pack("<I", 8) + string(item)
+    if isinstance(item[0], str):
+        return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(string, item))
+    return struct.pack("<IIQ", 9, 5, len(item)) + np.array(item, "<i4").tobytes()
+
+
+def padding(num_bytes):
+    return bytes(-num_bytes % ALIGNMENT)
+
+
+class Weights:
+    """Random weights in blocks of one type."""
+
+    def __init__(self, dtype, random):
+        self.number, self.file_number, pack = TYPES[dtype]
+        weights = random.standard_normal((NUM_BLOCKS, BLOCK), dtype=np.float32) * np.float32(0.02)
+        packed = np.ascontiguousarray(pack(weights)).view(np.uint8)
+        self.block_bytes = packed.size // NUM_BLOCKS
+        self.bytes = memoryview(packed.reshape(-1))
+
+    def size(self, shape):
+        return shape[0] * shape[1] // BLOCK * self.block_bytes
+
+    def write(self, out, shape, random):
+        left = self.size(shape)
+        start = int(random.integers(NUM_BLOCKS)) * self.block_bytes
+        while left > 0:
+            left -= out.write(self.bytes[start : start + left])
+            start = 0
+
+
+class Vector:
+    """Values in f32 about a mean."""
+
+    number = F32
+
+    def __init__(self, mean, deviation):
+        self.mean, self.deviation = mean, deviation
+
+    def size(self, shape):
+        return 4 * shape[0]
+
+    def write(self, out, shape, random):
+        values = self.mean + self.deviation * random.standard_normal(shape[0], dtype=np.float32)
+        out.write(values.astype("<f4").tobytes())
+
+
+def tensors(shape, weights, vocabulary):
+    """Name, shape (rows first) and contents of all tensors."""
     hidden, layers, heads, kv_heads, mlp, vocab, tied = SHAPES[shape]
     head_dim = hidden // heads
-    random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(32768)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(mlp)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(1e6)
-    writer.add_layer_norm_rms_eps(1e-6)
-    # A tokenizer that can be loaded is all that is wanted of it.
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([f"<t{i}>" for i in range(vocab)])
-    writer.add_token_types([1] * vocab)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-
-    def weight(name, rows, cols):
-        writer.add_tensor(f"{name}.weight", matrix(random, dtype, rows, cols), raw_dtype=TYPES[dtype])
-
-    def norm(name):
-        writer.add_tensor(f"{name}.weight", np.ones(hidden, np.float32))
-
-    def biased(name, rows):
-        weight(name, rows, hidden)
-        writer.add_tensor(f"{name}.bias", (random.standard_normal(rows) * 0.01).astype(np.float32))
-
-    weight("token_embd", vocab, hidden)
-    norm("output_norm")
+    ones, biases = Vector(1, 0), Vector(0, 0.01)
+    yield "token_embd.weight", (vocab, hidden), vocabulary
+    yield "output_norm.weight", (hidden,), ones
     if not tied:
-        weight("output", vocab, hidden)
+        yield "output.weight", (vocab, hidden), vocabulary
     for layer in range(layers):
         block = f"blk.{layer}"
-        norm(f"{block}.attn_norm")
-        norm(f"{block}.ffn_norm")
-        biased(f"{block}.attn_q", heads * head_dim)
-        biased(f"{block}.attn_k", kv_heads * head_dim)
-        biased(f"{block}.attn_v", kv_heads * head_dim)
-        weight(f"{block}.attn_output", hidden, heads * head_dim)
-        weight(f"{block}.ffn_gate", mlp, hidden)
-        weight(f"{block}.ffn_up", mlp, hidden)
-        weight(f"{block}.ffn_down", hidden, mlp)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        yield f"{block}.attn_norm.weight", (hidden,), ones
+        for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            yield f"{block}.attn_{name}.weight", (rows * head_dim, hidden), weights
+            yield f"{block}.attn_{name}.bias", (rows * head_dim,), biases
+        yield f"{block}.attn_output.weight", (hidden, heads * head_dim), weights
+        yield f"{block}.ffn_norm.weight", (hidden,), ones
+        yield f"{block}.ffn_gate.weight", (mlp, hidden), weights
+        yield f"{block}.ffn_up.weight", (mlp, hidden), weights
+        yield f"{block}.ffn_down.weight", (hidden, mlp), weights
+
+
+def metadata(shape, file_number):
+    hidden, layers, heads, kv_heads, mlp, vocab, _ = SHAPES[shape]
+    return {
+        "general.architecture": "qwen2",
+        "general.name": f"random {shape}",
+        "general.file_type": file_number,
+        "qwen2.context_length": 32768,
+        "qwen2.embedding_length": hidden,
+        "qwen2.block_count": layers,
+        "qwen2.feed_forward_length": mlp,
+        "qwen2.attention.head_count": heads,
+        "qwen2.attention.head_count_kv": kv_heads,
+        "qwen2.rope.freq_base": 1e6,
+        "qwen2.attention.layer_norm_rms_epsilon": 1e-6,
+        # A tokenizer that can be loaded is all that is wanted of it.
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [f"<t{i}>" for i in range(vocab)],
+        "tokenizer.ggml.token_type": [1] * vocab,
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+
+def write(shape, dtype, vocabulary_type, path):
+    """Writes the file. <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>"""
+    random = np.random.default_rng(0)
+    weights = Weights(dtype, random)
+    vocabulary = weights if vocabulary_type == dtype else Weights(vocabulary_type, random)
+    pairs = metadata(shape, weights.file_number)
+    all_tensors = list(tensors(shape, weights, vocabulary))
+
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(all_tensors), len(pairs))]
+    head += [string(key) + value(item) for key, item in pairs.items()]
+    offset = 0
+    for name, dims, contents in all_tensors:
+        head.append(string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *reversed(dims)))
+        head.append(struct.pack("<IQ", contents.number, offset))
+        offset += contents.size(dims)
+        offset += len(padding(offset))
+    head = b"".join(head)
+
+    with open(path, "wb", buffering=0) as out:
+        out.write(head + padding(len(head)))
+        for _, dims, contents in all_tensors:
+            contents.write(out, dims, random)
+            out.write(padding(contents.size(dims)))
 
 
 def main():
-    if len(sys.argv) != 4 or sys.argv[1] not in SHAPES or sys.argv[2] not in TYPES:
-        print(__doc__, file=sys.stderr)
-        sys.exit(2)
-    write(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("shape", choices=SHAPES, help="as in `throughput --shape`")
+    parser.add_argument("type", choices=TYPES, help="of all matrices")
+    parser.add_argument("out", help="the file")
+    parser.add_argument("--vocabulary", choices=TYPES, help="type of the embedding and the head instead")
+    args = parser.parse_args()
+    write(args.shape, args.type, args.vocabulary or args.type, args.out)
 
 
 if __name__ == "__main__":
