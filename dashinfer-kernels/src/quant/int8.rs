@@ -32,7 +32,14 @@ pub(crate) fn place(quads: &mut [u8], lane: usize, codes: &[u8]) {
 /// `max |w| / 254`, beside what rounding the scale to f16 costs.
 #[inline(always)]
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
-    let largest = values.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+    let mut lanes = [0.0f32; 16];
+    let (whole, rest) = values.as_chunks::<16>();
+    for values in whole {
+        for i in 0..16 {
+            lanes[i] = lanes[i].max(values[i].abs());
+        }
+    }
+    let largest = rest.iter().chain(&lanes).fold(0.0, |largest: f32, value| largest.max(value.abs()));
     let scale = stored_scale(largest / 127.0);
     let inverse = if largest == 0.0 { 0.0 } else { 1.0 / scale.to_f32() };
     for (code, value) in codes.iter_mut().zip(values) {

@@ -284,7 +284,14 @@ fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros
                 None => values.fill(0.0),
             }
             values[stored..].fill(0.0);
-            poison += values.iter().map(|value| value * 0.0).sum::<f32>();
+            // Not a number if any value is infinite or none; in lanes, since a sum in order cannot be made of vectors.
+            let mut lanes = [0.0f32; 16];
+            for values in values.as_chunks::<16>().0 {
+                for i in 0..16 {
+                    lanes[i] += values[i] * 0.0;
+                }
+            }
+            poison += lanes.into_iter().sum::<f32>();
             for (at, (values, codes)) in values.chunks(group).zip(row_codes.chunks_mut(group)).enumerate() {
                 let params = match (bits, zero_points) {
                     (WeightBits::Eight, _) => int8::quantize(values, codes),
