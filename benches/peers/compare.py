@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--throughput", required=True, metavar="PATH", help="target/release/throughput")
     parser.add_argument("--shape", required=True, help="such as qwen2.5-0.5b")
     parser.add_argument("--weights", default="bf16", help="ours: f32, f16 or bf16, of as many bits as the GGUF's")
-    parser.add_argument("--kv-cache", choices=("f32", "f16", "bf16"), help="ours (default: the engine's); theirs is f16")
+    parser.add_argument("--kv-cache", choices=("f32", "f16", "bf16", "int8", "uint4"), help="ours (default: the engine's); theirs is f16")
     parser.add_argument("--isa", help="ours: kernels of this instruction set at most, beside a build of theirs that is held to it")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--rounds", type=int, default=3)

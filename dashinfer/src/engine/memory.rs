@@ -148,7 +148,7 @@ mod tests {
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
         let source = RandomWeights::new(&spec, 0);
         let dtype = dashinfer_kernels::DType::F32;
-        let estimate = MemoryEstimate::new(&spec, &source, dtype, dtype, limits, &panel_bytes).unwrap();
+        let estimate = MemoryEstimate::new(&spec, &source, dtype, dtype.into(), limits, &panel_bytes).unwrap();
         (spec, estimate)
     }
 
