@@ -205,7 +205,15 @@ impl CacheWriter<'_> {
     unsafe fn store_side(&self, run: *mut u8, side: Side, offset: usize, values: &[f32]) {
         let cache = self.cache;
         let (b, code_bytes) = (cache.spec.block_size, cache.code_bytes(side));
-        let indexed = values.iter().enumerate().map(|(i, x)| (cache.index(side, i, offset), *x));
+        // `cache.index(side, i, offset)`, in steps: features of a key are a group apart, those of a value are neighbours in groups.
+        let first = cache.index(side, 0, offset);
+        let paired = cache.index(Side::Values, 1, 0) == 2;
+        let indexed = values.iter().enumerate().map(|(i, x)| {
+            let j = i % GROUP;
+            let in_group = if paired { j % 8 * 2 + j / 8 } else { j };
+            let step = if side == Side::Keys { i * GROUP } else { i / GROUP * b * GROUP + in_group };
+            (first + step, *x)
+        });
         // SAFETY: elements `cache.index(..)` lie within the codes of the run, and one scale (and offset) for each of `b` tokens
         // behind them. Bytes are of one token only. Runs and their parts are multiples of 64 bytes in an aligned buffer, so
         // each type is aligned.
