@@ -17,8 +17,8 @@ use benches::{machine, naive};
 use criterion::{Criterion, Throughput};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, Isa, PoolConfig, to_bytes};
 use dashinfer_kernels::{
-    AttentionParams, Backend, DType, Issue, KvCacheSpec, MatrixView, PagedBatch, Rope, RopePairs, SampleParams,
-    SampleRow, SequenceRows, StepRows, TensorUse,
+    AttentionParams, Backend, CacheType, DType, Issue, KvCacheSpec, MatrixView, PagedBatch, Rope, RopePairs,
+    SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
 };
 
 const FITS: &str = "the operands of a benchmark fit each other";
@@ -196,49 +196,52 @@ impl Kernels {
     }
 
     /// `batch` sequences of `context` tokens, the last `rows` of which are computed.
-    fn attention(&mut self, dtype: DType, batch: usize, rows: usize, context: usize) {
+    fn attention(&mut self, params: AttentionParams, cache_type: CacheType, batch: usize, rows: usize, context: usize) {
+        let AttentionParams { num_heads, num_kv_heads, head_dim, .. } = params;
         let kind = if rows == 1 { "decode" } else { "prefill" };
         // Row `p` sees `p + 1` positions.
         let pairs = (batch * rows * (2 * context - rows + 1)) as f64 / 2.0;
-        let layer_bytes = batch * cache_spec(dtype, 1, context, 1).block_bytes() * context.div_ceil(BLOCK_SIZE);
+        let layer_bytes =
+            batch * cache_spec(&params, cache_type, 1, context, 1).block_bytes() * context.div_ceil(BLOCK_SIZE);
+        let shape = if params == PARAMS { String::new() } else { format!("-{num_heads}x{num_kv_heads}x{head_dim}") };
         let case = Case {
             op: "attention",
-            name: format!("{dtype}/{kind}-{batch}x{context}"),
-            bytes: layer_bytes as f64 + (2 * batch * rows * PARAMS.num_heads * HEAD_DIM * size_of::<f32>()) as f64,
-            flops: 4.0 * pairs * (PARAMS.num_heads * HEAD_DIM) as f64,
+            name: format!("{cache_type}/{kind}-{batch}x{context}{shape}"),
+            bytes: layer_bytes as f64 + (2 * batch * rows * num_heads * head_dim * size_of::<f32>()) as f64,
+            flops: 4.0 * pairs * (num_heads * head_dim) as f64,
         };
         let layers = self.copies(layer_bytes);
         let setup = |backend: &mut CpuBackend| {
-            let mut cache = filled_cache(backend, dtype, layers, batch, context);
+            let mut cache = filled_cache(backend, &params, cache_type, layers, batch, context);
             begin(backend, &ids(batch * rows, 0), &paged(batch, rows, context), &mut cache);
-            let qkv = tensor(backend, batch * rows, QKV);
-            let mut out = tensor(backend, batch * rows, PARAMS.num_heads * HEAD_DIM);
+            let qkv = tensor(backend, batch * rows, (num_heads + 2 * num_kv_heads) * head_dim);
+            let mut out = tensor(backend, batch * rows, num_heads * head_dim);
             let mut layer = 0;
             move |backend: &mut CpuBackend| {
                 layer = (layer + 1) % layers;
-                backend.attention(&mut out, &qkv, &cache, layer, &PARAMS).expect(FITS);
+                backend.attention(&mut out, &qkv, &cache, layer, &params).expect(FITS);
             }
         };
         let naive = || {
-            let (q, mut out) = (noise(rows * HEAD_DIM), vec![0.0; rows * HEAD_DIM]);
-            let (k, v) = (noise(context * HEAD_DIM), noise(context * HEAD_DIM));
-            time(|| naive::attention(&mut out, &q, &k, &v, HEAD_DIM)) * (batch * PARAMS.num_heads) as f64
+            let (q, mut out) = (noise(rows * head_dim), vec![0.0; rows * head_dim]);
+            let (k, v) = (noise(context * head_dim), noise(context * head_dim));
+            time(|| naive::attention(&mut out, &q, &k, &v, head_dim)) * (batch * num_heads) as f64
         };
         self.measure(case, setup, naive);
     }
 
-    fn rope_and_cache(&mut self, dtype: DType, rows: usize) {
-        let cached = cache_spec(dtype, 1, rows, 1).block_bytes() * rows.div_ceil(BLOCK_SIZE);
+    fn rope_and_cache(&mut self, cache_type: CacheType, rows: usize) {
+        let cached = cache_spec(&PARAMS, cache_type, 1, rows, 1).block_bytes() * rows.div_ceil(BLOCK_SIZE);
         let rotated = (PARAMS.num_heads + PARAMS.num_kv_heads) * HEAD_DIM;
         let case = Case {
             op: "rope_and_cache",
-            name: format!("{dtype}/{rows}x{QKV}"),
+            name: format!("{cache_type}/{rows}x{QKV}"),
             bytes: (cached + rows * (QKV + rotated) * size_of::<f32>()) as f64,
             flops: 3.0 * (rows * rotated) as f64,
         };
         let layers = self.copies(cached + rows * QKV * size_of::<f32>());
         let setup = |backend: &mut CpuBackend| {
-            let spec = cache_spec(dtype, layers, rows, 1);
+            let spec = cache_spec(&PARAMS, cache_type, layers, rows, 1);
             let mut cache = backend.kv_cache(&spec).expect("memory for a cache");
             begin(backend, &ids(rows, 0), &paged(1, rows, rows), &mut cache);
             let mut qkv = Rotation::new(layers, || tensor(backend, rows, QKV));
@@ -274,7 +277,8 @@ impl Kernels {
             let mut out = tensor(backend, rows, HIDDEN);
             let mut lists = ids.iter().cycle();
             let batch = paged(1, rows, rows);
-            let mut cache = backend.kv_cache(&cache_spec(dtype, 1, rows, 1)).expect("memory for a cache");
+            let mut cache =
+                backend.kv_cache(&cache_spec(&PARAMS, dtype.into(), 1, rows, 1)).expect("memory for a cache");
             move |backend: &mut CpuBackend| {
                 begin(backend, lists.next().expect("it has no end"), &batch, &mut cache);
                 backend.embed(&mut out, &table).expect(FITS);
@@ -366,24 +370,39 @@ fn tensor(backend: &CpuBackend, rows: usize, cols: usize) -> CpuTensor {
     tensor
 }
 
-fn cache_spec(dtype: DType, num_layers: usize, context: usize, batch: usize) -> KvCacheSpec {
+fn cache_spec(
+    params: &AttentionParams,
+    cache_type: CacheType,
+    num_layers: usize,
+    context: usize,
+    batch: usize,
+) -> KvCacheSpec {
     KvCacheSpec {
         num_layers,
         num_blocks: batch * context.div_ceil(BLOCK_SIZE),
         block_size: BLOCK_SIZE,
-        num_kv_heads: PARAMS.num_kv_heads,
-        head_dim: HEAD_DIM,
-        dtype,
+        num_kv_heads: params.num_kv_heads,
+        head_dim: params.head_dim,
+        cache_type,
     }
 }
 
 /// A cache in which every position of every sequence is stored.
-fn filled_cache(backend: &mut CpuBackend, dtype: DType, layers: usize, batch: usize, context: usize) -> CpuKvCache {
-    let mut cache = backend.kv_cache(&cache_spec(dtype, layers, context, batch)).expect("memory for a cache");
+fn filled_cache(
+    backend: &mut CpuBackend,
+    params: &AttentionParams,
+    cache_type: CacheType,
+    layers: usize,
+    batch: usize,
+    context: usize,
+) -> CpuKvCache {
+    let spec = cache_spec(params, cache_type, layers, context, batch);
+    let mut cache = backend.kv_cache(&spec).expect("memory for a cache");
     begin(backend, &ids(batch * context, 0), &paged(batch, context, context), &mut cache);
-    let mut qkv = tensor(backend, batch * context, QKV);
+    let cols = (params.num_heads + 2 * params.num_kv_heads) * params.head_dim;
+    let mut qkv = tensor(backend, batch * context, cols);
     for layer in 0..layers {
-        backend.rope_and_cache(&mut qkv, &mut cache, layer, &PARAMS, 0, None).expect(FITS);
+        backend.rope_and_cache(&mut qkv, &mut cache, layer, params, 0, None).expect(FITS);
     }
     cache
 }
@@ -437,17 +456,24 @@ fn main() {
     }
     kernels.rms_norm(256);
     kernels.silu_mul(256);
-    for context in [128, 2048, 8192] {
-        kernels.attention(DType::F32, 1, 1, context);
+    for context in [128, 2048] {
+        kernels.attention(PARAMS, CacheType::F32, 1, 1, context);
     }
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        kernels.attention(dtype, 8, 1, 2048);
+    for cache_type in CacheType::ALL {
+        kernels.attention(PARAMS, cache_type, 1, 1, 8192);
+        kernels.attention(PARAMS, cache_type, 8, 1, 2048);
+    }
+    // Qwen2.5 1.5B and 7B.
+    for (num_heads, num_kv_heads) in [(12, 2), (28, 4)] {
+        let params = AttentionParams { num_heads, num_kv_heads, head_dim: 128, ..PARAMS };
+        kernels.attention(params, CacheType::BF16, 1, 1, 8192);
     }
     for length in [256, 1024] {
-        kernels.attention(DType::F32, 1, length, length);
+        kernels.attention(PARAMS, CacheType::F32, 1, length, length);
     }
-    for dtype in [DType::F32, DType::BF16] {
-        kernels.rope_and_cache(dtype, 256);
+    kernels.attention(PARAMS, CacheType::BF16, 1, 1024, 1024);
+    for cache_type in CacheType::ALL {
+        kernels.rope_and_cache(cache_type, 256);
     }
     kernels.embed(DType::BF16, 256);
     let greedy = SampleParams::default();

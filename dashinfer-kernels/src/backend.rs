@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use crate::error::check;
-use crate::{DType, KernelError, SampleRow, Sampled, Scheme};
+use crate::{CacheType, DType, KernelError, SampleRow, Sampled, Scheme};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
 #[derive(Debug, Clone, Copy)]
@@ -129,14 +129,14 @@ pub struct KvCacheSpec {
     /// Head size, `D`.
     pub head_dim: usize,
     /// Type of the stored elements.
-    pub dtype: DType,
+    pub cache_type: CacheType,
 }
 
 impl KvCacheSpec {
     /// Bytes that one block takes over all layers, keys and values.
     #[must_use]
     pub const fn block_bytes(&self) -> usize {
-        2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.size_bytes()
+        self.num_layers * self.block_size * self.num_kv_heads * self.cache_type.head_bytes(self.head_dim)
     }
 }
 

@@ -7,6 +7,7 @@
 compile_error!("the feature `cuda` is for Unix: CUDA's libraries are opened with `dlopen`");
 
 mod backend;
+mod cache_type;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -21,6 +22,7 @@ pub use backend::{
     AttentionParams, Backend, CarriedId, Issue, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
     SequenceRows, StepRows, TensorUse,
 };
+pub use cache_type::CacheType;
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
 pub use quant::{Group, Scheme};

@@ -127,7 +127,7 @@ fn room(what: &'static str, max: usize, found: usize) -> Result<(), BatchError> 
 
 #[cfg(test)]
 mod tests {
-    use dashinfer_kernels::DType;
+    use dashinfer_kernels::CacheType;
     use serde_json::json;
 
     use super::*;
@@ -158,7 +158,7 @@ mod tests {
     #[track_caller]
     fn check(change: impl FnOnce(&mut ForwardBatch), text: &str) {
         let spec = config("LlamaForCausalLM", json!({})).to_spec().unwrap();
-        let cache = spec.kv_cache(4, 8, DType::F32);
+        let cache = spec.kv_cache(4, 8, CacheType::F32);
         let mut batch = batch();
         change(&mut batch);
         let found = batch.check(&spec, &cache).err().map(|error| error.to_string());
@@ -174,7 +174,7 @@ mod tests {
     #[test]
     fn a_cache_without_slots_is_refused() {
         let spec = config("LlamaForCausalLM", json!({})).to_spec().unwrap();
-        let error = batch().check(&spec, &spec.kv_cache(0, 8, DType::F32)).unwrap_err();
+        let error = batch().check(&spec, &spec.kv_cache(0, 8, CacheType::F32)).unwrap_err();
         assert_eq!(error.to_string(), "batch: tokens in a cache block should be 1, found 0");
     }
 

@@ -1,6 +1,6 @@
 //! What a model will take of a device's memory, known from its config and the headers of its checkpoint.
 
-use dashinfer_kernels::{DType, Scheme};
+use dashinfer_kernels::{CacheType, DType, Scheme};
 
 use crate::{
     ModelSpec, Quantization, StepLimits, StoredType, WeightSource, WeightsError,
@@ -31,7 +31,7 @@ impl MemoryEstimate {
         spec: &ModelSpec,
         source: &dyn WeightSource,
         compute: DType,
-        kv_dtype: DType,
+        cache_type: CacheType,
         limits: StepLimits,
         quantization: Quantization,
         packed_bytes: &PackedBytes<'_>,
@@ -42,7 +42,7 @@ impl MemoryEstimate {
         plan.fill(&mut sum)?;
         Ok(Self {
             weight_bytes: sum.bytes,
-            kv_bytes_per_token: spec.kv_cache(1, 1, kv_dtype).block_bytes() as u64,
+            kv_bytes_per_token: spec.kv_cache(1, 1, cache_type).block_bytes() as u64,
             activation_bytes: Widths::new(spec).bytes(limits, compute),
         })
     }
@@ -97,19 +97,21 @@ mod tests {
         let spec = shapes::named("qwen2.5-0.5b").unwrap();
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
         let source = RandomWeights::new(&spec, 0);
-        let found =
-            MemoryEstimate::new(&spec, &source, DType::F32, DType::BF16, limits, Quantization::NONE, &packed_bytes)
-                .unwrap();
+        let none = Quantization::NONE;
+        let estimate = |compute, cache_type| {
+            MemoryEstimate::new(&spec, &source, compute, cache_type, limits, none, &packed_bytes).unwrap()
+        };
+        let found = estimate(DType::F32, CacheType::BF16);
         // 494,032,768 parameters in two bytes; the 49 norms and 24 biases take four.
         let in_f32 = 49 * 896 + 24 * (896 + 2 * 128);
         assert_eq!(found.weight_bytes, 494_032_768 * 2 + 2 * in_f32);
         assert_eq!(found.kv_bytes_per_token, 24 * 2 * 2 * 64 * 2);
+        assert_eq!(estimate(DType::F32, CacheType::Int8).kv_bytes_per_token, 24 * 2 * 2 * (64 + 4));
+        assert_eq!(estimate(DType::F32, CacheType::Uint4).kv_bytes_per_token, 24 * 2 * (64 + 4 + 32 + 4));
         let per_token = 3 * 896 + (896 + 256) + 896 + 2 * 4864 + 4864;
         let per_logit_row = 896 + 896 + 151_936;
         assert_eq!(found.activation_bytes, 4 * (512 * per_token + 8 * per_logit_row));
-        let halved =
-            MemoryEstimate::new(&spec, &source, DType::F16, DType::BF16, limits, Quantization::NONE, &packed_bytes)
-                .unwrap();
+        let halved = estimate(DType::F16, CacheType::BF16);
         // Logits stay f32.
         let wanted = 2 * (512 * per_token + 8 * (per_logit_row - 151_936)) + 4 * 8 * 151_936;
         assert_eq!(halved.activation_bytes, wanted);
@@ -121,7 +123,7 @@ mod tests {
         let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
         let source = RandomWeights::new(&spec, 0);
         let bytes = |quantization| {
-            MemoryEstimate::new(&spec, &source, DType::F32, DType::F32, limits, quantization, &packed_bytes)
+            MemoryEstimate::new(&spec, &source, DType::F32, CacheType::F32, limits, quantization, &packed_bytes)
                 .unwrap()
                 .weight_bytes
         };
@@ -143,7 +145,7 @@ mod tests {
             &large,
             &RandomWeights::new(&small, 0),
             DType::F32,
-            DType::F32,
+            CacheType::F32,
             limits,
             Quantization::NONE,
             &packed_bytes,

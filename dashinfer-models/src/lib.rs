@@ -50,7 +50,7 @@ pub use checkpoint::Checkpoint;
 pub use config::HfConfig;
 pub use decoder::{Decoder, Logits};
 pub use error::{BatchError, CheckpointError, ConfigError, ForwardError, LoadError, WeightsError};
-pub use estimate::MemoryEstimate;
+pub use estimate::{MemoryEstimate, PackedBytes};
 pub use families::{FAMILIES, ToSpec};
 pub use generation_config::GenerationConfig;
 pub use loader::LoadProgress;

@@ -2,7 +2,7 @@
 
 use std::{ops::RangeInclusive, path::Path};
 
-use dashinfer_kernels::{AttentionParams, DType, KvCacheSpec};
+use dashinfer_kernels::{AttentionParams, CacheType, DType, KvCacheSpec};
 
 use crate::{ConfigError, HfConfig, RopeSpec};
 
@@ -112,14 +112,14 @@ impl ModelSpec {
 
     /// The cache of this model with `num_blocks` blocks of `block_size` tokens.
     #[must_use]
-    pub fn kv_cache(&self, block_size: usize, num_blocks: usize, dtype: DType) -> KvCacheSpec {
+    pub fn kv_cache(&self, block_size: usize, num_blocks: usize, cache_type: CacheType) -> KvCacheSpec {
         KvCacheSpec {
             num_layers: self.num_layers(),
             num_blocks,
             block_size,
             num_kv_heads: self.attention.num_kv_heads,
             head_dim: self.attention.head_dim,
-            dtype,
+            cache_type,
         }
     }
 

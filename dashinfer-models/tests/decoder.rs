@@ -7,7 +7,7 @@ use common::{
     reference::Reference,
     sequences::{BLOCK_SIZE, Runner, Wanted},
 };
-use dashinfer_kernels::{Backend, DType, KernelError, PagedBatch, SampleParams, SampleRow, SequenceRows};
+use dashinfer_kernels::{Backend, CacheType, KernelError, PagedBatch, SampleParams, SampleRow, SequenceRows};
 use dashinfer_models::{
     Decoder, ForwardBatch, ForwardError, HfConfig, ModelSpec, Quantization, RandomWeights, StepLimits,
 };
@@ -98,7 +98,7 @@ fn prompt(len: usize, logit_rows: &[u32]) -> ForwardBatch {
 }
 
 fn cache(decoder: &Decoder<Reference>) -> <Reference as Backend>::KvCache {
-    decoder.backend().kv_cache(&decoder.spec().kv_cache(BLOCK_SIZE, 1, DType::F32)).unwrap()
+    decoder.backend().kv_cache(&decoder.spec().kv_cache(BLOCK_SIZE, 1, CacheType::F32)).unwrap()
 }
 
 #[test]

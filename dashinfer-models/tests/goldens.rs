@@ -14,7 +14,7 @@ use std::{
 
 use common::{
     reference::Reference,
-    sequences::{CacheType, Runner, Wanted},
+    sequences::{Cached, Runner, Wanted},
 };
 use dashinfer_kernels::cpu::packed_bytes;
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa};
@@ -148,7 +148,7 @@ impl Drop for Case {
 type Tested<B> = (fn() -> Option<B>, Bounds);
 
 /// Every prompt in chunks of `chunk` tokens.
-fn check_chunked<B: CacheType>((backend, bounds): Tested<B>, chunk: usize) {
+fn check_chunked<B: Cached>((backend, bounds): Tested<B>, chunk: usize) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
         let mut decoder = case.load(backend);
@@ -166,7 +166,7 @@ fn check_chunked<B: CacheType>((backend, bounds): Tested<B>, chunk: usize) {
 }
 
 /// Logits of the last row alone, of none at all in earlier chunks: what an engine asks for.
-fn check_last_rows<B: CacheType>((backend, bounds): Tested<B>) {
+fn check_last_rows<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
         let mut decoder = case.load(backend);
@@ -182,7 +182,7 @@ fn check_last_rows<B: CacheType>((backend, bounds): Tested<B>) {
 }
 
 /// All prompts of a case in one step, then decoded together, fed the recorded tokens.
-fn check_batched<B: CacheType>((backend, bounds): Tested<B>) {
+fn check_batched<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
         let mut decoder = case.load(backend);
@@ -205,7 +205,7 @@ fn check_batched<B: CacheType>((backend, bounds): Tested<B>) {
 }
 
 /// Each prompt alone, then its continuation, fed the recorded tokens.
-fn check_greedy<B: CacheType>((backend, bounds): Tested<B>) {
+fn check_greedy<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
         let mut decoder = case.load(backend);
@@ -222,7 +222,7 @@ fn check_greedy<B: CacheType>((backend, bounds): Tested<B>) {
 }
 
 /// A prefill chunk beside a decode, as a scheduler mixes them.
-fn check_mixed<B: CacheType>((backend, bounds): Tested<B>) {
+fn check_mixed<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
         let mut decoder = case.load(backend);
@@ -242,7 +242,7 @@ fn check_mixed<B: CacheType>((backend, bounds): Tested<B>) {
 }
 
 /// Hidden states grow to many times the logits' bound allows; they are judged by their own largest value.
-fn check_hidden_states<B: CacheType>((backend, bounds): Tested<B>) {
+fn check_hidden_states<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
         let mut decoder = case.load(backend);
@@ -272,7 +272,7 @@ fn an_estimate_is_a_little_more_than_the_file() {
         let spec = ModelSpec::read(&case.folder).unwrap();
         let checkpoint = Checkpoint::open(&case.folder).unwrap();
         let (f32, none) = (DType::F32, Quantization::NONE);
-        let estimate = MemoryEstimate::new(&spec, &checkpoint, f32, f32, limits, none, &packed_bytes).unwrap();
+        let estimate = MemoryEstimate::new(&spec, &checkpoint, f32, f32.into(), limits, none, &packed_bytes).unwrap();
         let stored = checkpoint.data_bytes();
         // More, by norms and biases in f32 and rows padded to 16.
         assert!((stored..stored + stored / 10).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());

@@ -44,7 +44,7 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
                         best of 2 of each
   --decode-context N    decode behind prompts of N tokens, 72 out less 8 out (also --context)
   --repeat N            best of N instead
-  --kv-cache TYPE       f32, f16 or bf16 (default: the engine's)
+  --kv-cache TYPE       f32, f16, bf16, int8 or uint4 (default: the engine's)
   --isa NAME            kernels of this instruction set at most: scalar, avx2 or avx512 (default: the machine's best)
   --step-tokens N       the most tokens of a step (default: the engine's)
   --json                one JSON object for each measurement on a line
@@ -71,7 +71,7 @@ impl FromStr for Prompts {
     }
 }
 
-/// A type of weights or cache.
+/// A type of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Float(DType);
 
@@ -128,7 +128,7 @@ struct Options {
     decode: Vec<NonZeroUsize>,
     decode_context: NonZeroUsize,
     repeat: Option<NonZeroUsize>,
-    kv_cache: Option<DType>,
+    kv_cache: Option<KvCacheType>,
     step_tokens: Option<NonZeroUsize>,
     isa: Isa,
     json: bool,
@@ -169,7 +169,7 @@ impl Options {
             decode: args.list("--decode")?.unwrap_or_default(),
             decode_context: context.into_iter().flatten().next().unwrap_or(USUAL),
             repeat: args.value("--repeat")?,
-            kv_cache: args.value::<Float>("--kv-cache")?.map(|Float(dtype)| dtype),
+            kv_cache: args.value("--kv-cache")?,
             step_tokens: args.value("--step-tokens")?,
             isa: args.value::<Kernels>("--isa")?.map_or_else(Isa::best, |Kernels(isa)| isa),
             json: args.flag("--json"),
@@ -248,12 +248,8 @@ impl Bench {
         if let Some(step_tokens) = options.step_tokens.map(|tokens| tokens.get().max(max_batch)).or(usual) {
             load = load.max_step_tokens(step_tokens);
         }
-        if let Some(dtype) = options.kv_cache {
-            load = load.kv_cache(match dtype {
-                DType::F32 => KvCacheType::F32,
-                DType::F16 => KvCacheType::F16,
-                DType::BF16 => KvCacheType::BF16,
-            });
+        if let Some(kv_cache) = options.kv_cache {
+            load = load.kv_cache(kv_cache);
         }
         // Room for every sequence to its end: a preempted one would be computed twice. Blocks have 32 tokens.
         let cached = options.sequences().map(|(batch, tokens)| batch * tokens.next_multiple_of(32)).max().unwrap_or(0);

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::aligned::AlignedBuf;
-use super::attention::{self, AttentionUnit, CpuKvCache, Work};
+use super::attention::{self, AttentionRange, CpuKvCache, Work};
 use super::isa::Isa;
 use super::linear::{self, PackedMatrix, Product, SendPtr};
 use super::linear_bf16::{self, Rounded};
@@ -163,7 +163,7 @@ pub struct CpuBackend {
     quantized_rows: Activations,
     norm: RmsNormRow,
     silu: SiluMulRow,
-    attend: AttentionUnit,
+    attend: AttentionRange,
     batch: PagedBatch,
     ids: Vec<u32>,
     logit_rows: Vec<u32>,

@@ -48,6 +48,58 @@ pub(crate) fn exp4(x: std::arch::aarch64::float32x4_t) -> std::arch::aarch64::fl
     vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), underflow))
 }
 
+/// `2^x` of eight values, none above 127: a power of two, times a polynomial of degree 6 (the Taylor series; on `|r| <= 1/2` the
+/// remainder is below 2e-7 relative). Below −126.5, and for −∞, the result is 0.
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn exp2_8(x: std::arch::x86_64::__m256) -> std::arch::x86_64::__m256 {
+    use std::arch::x86_64::*;
+    // The exponent −127 is that of zero.
+    let x = _mm256_max_ps(x, _mm256_set1_ps(-127.0));
+    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    let r = _mm256_sub_ps(x, n);
+    let mut p = _mm256_set1_ps(EXP2[0]);
+    for c in &EXP2[1..] {
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
+    }
+    let exponent = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
+    _mm256_mul_ps(p, _mm256_castsi256_ps(exponent))
+}
+
+/// [`exp2_8`] of sixteen values.
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn exp2_16(x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512 {
+    use std::arch::x86_64::*;
+    let x = _mm512_max_ps(x, _mm512_set1_ps(-127.0));
+    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    let r = _mm512_sub_ps(x, n);
+    let mut p = _mm512_set1_ps(EXP2[0]);
+    for c in &EXP2[1..] {
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+    }
+    let exponent = _mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)));
+    _mm512_mul_ps(p, _mm512_castsi512_ps(exponent))
+}
+
+/// `ln(2)^k / k!` from `k = 6` down to 0.
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+const EXP2: [f32; 7] =
+    [1.540_353_1e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0];
+
+/// The largest of eight lanes.
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn max8(x: std::arch::x86_64::__m256) -> f32 {
+    use std::arch::x86_64::*;
+    let four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+}
+
 /// The sum of eight lanes, as a fixed tree.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 #[inline]
@@ -76,6 +128,49 @@ pub(crate) mod tests {
         let mut ends = [0.0; LANES];
         ends[..2].copy_from_slice(&[f32::NEG_INFINITY, -100.0]);
         assert_eq!(exp(&ends)[..3], [0.0, 0.0, 1.0]);
+    }
+
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    #[test]
+    fn exp2_is_exp2_to_a_few_ulps() {
+        use std::arch::x86_64::*;
+        #[target_feature(enable = "avx2,fma")]
+        fn eight(x: &[f32; 16]) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            for at in [0, 8] {
+                // SAFETY: both arrays hold eight values from there on.
+                unsafe {
+                    let y = super::exp2_8(_mm256_loadu_ps(x.as_ptr().add(at)));
+                    _mm256_storeu_ps(out.as_mut_ptr().add(at), y);
+                }
+            }
+            out
+        }
+        #[target_feature(enable = "avx512f")]
+        fn sixteen(x: &[f32; 16]) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            // SAFETY: both arrays hold sixteen values.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), super::exp2_16(_mm512_loadu_ps(x.as_ptr()))) };
+            out
+        }
+        use crate::cpu::isa::{Isa, Variant, supported};
+        type Run = unsafe fn(&[f32; 16]) -> [f32; 16];
+        let variants: [Variant<Run>; 2] =
+            [Variant { isa: Isa::Avx2, run: eight }, Variant { isa: Isa::Avx512, run: sixteen }];
+        for Variant { run, .. } in supported(&variants) {
+            for i in 0..10_000 {
+                let x: [f32; 16] = std::array::from_fn(|lane| (i * 16 + lane) as f32 / 1000.0 - 126.0);
+                // SAFETY: the machine has the instruction set.
+                for (x, y) in x.iter().zip(unsafe { run(&x) }) {
+                    let want = f64::from(*x).exp2();
+                    assert!((f64::from(y) / want - 1.0).abs() < 4e-7, "2^{x} = {y}, should be {want}");
+                }
+            }
+            let mut x = [0.0; 16];
+            (x[0], x[1], x[2]) = (f32::NEG_INFINITY, -200.0, -127.0);
+            // SAFETY: as above.
+            assert_eq!(unsafe { run(&x) }[..4], [0.0, 0.0, 0.0, 1.0]);
+        }
     }
 
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]

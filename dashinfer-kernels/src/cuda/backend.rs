@@ -269,8 +269,8 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<CudaKvCache, KernelError> {
-        if spec.dtype != self.config.dtype {
-            let what = format!("a cache in {} beside activations in {}", spec.dtype, self.config.dtype);
+        if spec.cache_type != self.config.dtype.into() {
+            let what = format!("a cache in {} beside activations in {}", spec.cache_type, self.config.dtype);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cuda" });
         }
         let buffer = self.device.alloc("the KV cache", spec.num_blocks.saturating_mul(spec.block_bytes()))?;
@@ -607,7 +607,7 @@ mod tests {
                 block_size: 16,
                 num_kv_heads: 2,
                 head_dim: 64,
-                dtype: DType::BF16,
+                cache_type: DType::BF16.into(),
             };
             let mut cache = backend.kv_cache(&spec).unwrap();
             let values = |count: usize| -> Vec<u8> {

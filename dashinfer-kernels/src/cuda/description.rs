@@ -88,10 +88,16 @@ pub(super) fn is_decode(batch: &PagedBatch, block_size: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DType, SequenceRows};
+    use crate::{CacheType, SequenceRows};
 
-    const SPEC: KvCacheSpec =
-        KvCacheSpec { num_layers: 1, num_blocks: 8, block_size: 16, num_kv_heads: 1, head_dim: 64, dtype: DType::BF16 };
+    const SPEC: KvCacheSpec = KvCacheSpec {
+        num_layers: 1,
+        num_blocks: 8,
+        block_size: 16,
+        num_kv_heads: 1,
+        head_dim: 64,
+        cache_type: CacheType::BF16,
+    };
 
     /// Two decodes: at position 16 in block 5, at position 3 in block 2.
     fn decodes() -> PagedBatch {

@@ -53,7 +53,8 @@ pub struct CudaKvCache {
 impl CudaKvCache {
     pub(super) fn layer(&self, layer: usize) -> Result<[Span<'_>; 2], KernelError> {
         let spec = &self.spec;
-        let half = spec.num_blocks * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.size_bytes();
+        let half =
+            spec.num_blocks * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.cache_type.key_bits() / 8;
         let part = |index| Span::part(&self.buffer, index * half, half);
         Ok([part(2 * layer)?, part(2 * layer + 1)?])
     }

@@ -47,7 +47,7 @@ impl Cut {
 
     /// Groups of a row of activations.
     pub(crate) fn groups(self) -> usize {
-        if self.group == 0 { 0 } else { self.padded / self.group }
+        self.padded.checked_div(self.group).unwrap_or(0)
     }
 
     /// The most input features for which all sums fit 32 bits.

@@ -21,7 +21,7 @@ pub(crate) const fn panel_bytes(cols: usize) -> usize {
 /// The code of input feature `k` of output feature `lane` of a panel.
 pub(crate) fn code(panel: &[u8], lane: usize, k: usize) -> u8 {
     let byte = panel[k / 8 * 64 + lane * 4 + k % 4];
-    if k / 4 % 2 == 0 { byte & 15 } else { byte >> 4 }
+    if (k / 4).is_multiple_of(2) { byte & 15 } else { byte >> 4 }
 }
 
 /// Puts the codes of one output feature, a multiple of 8, in their places in a run of quads that starts with the first of them.

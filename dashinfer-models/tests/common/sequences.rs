@@ -1,23 +1,23 @@
 //! Sequences over a paged cache: makes batches without a scheduler.
 
-use dashinfer_kernels::{Backend, DType, SequenceRows, cpu::CpuBackend};
+use dashinfer_kernels::{Backend, CacheType, SequenceRows, cpu::CpuBackend};
 use dashinfer_models::{Decoder, ForwardBatch};
 
 pub(crate) const BLOCK_SIZE: usize = 16;
 
 /// The type of the cache that a backend is tested with.
-pub(crate) trait CacheType: Backend {
-    fn cache_type(&self) -> DType {
-        DType::F32
+pub(crate) trait Cached: Backend {
+    fn cache_type(&self) -> CacheType {
+        CacheType::F32
     }
 }
 
-impl CacheType for super::reference::Reference {}
-impl CacheType for CpuBackend {}
+impl Cached for super::reference::Reference {}
+impl Cached for CpuBackend {}
 #[cfg(feature = "cuda")]
-impl CacheType for dashinfer_kernels::cuda::CudaBackend {
-    fn cache_type(&self) -> DType {
-        self.dtype()
+impl Cached for dashinfer_kernels::cuda::CudaBackend {
+    fn cache_type(&self) -> CacheType {
+        self.dtype().into()
     }
 }
 
@@ -44,11 +44,11 @@ pub(crate) enum Wanted {
     None,
 }
 
-impl<'a, B: CacheType> Runner<'a, B> {
+impl<'a, B: Cached> Runner<'a, B> {
     pub(crate) fn new(decoder: &'a mut Decoder<B>, num_sequences: usize) -> Self {
         let num_blocks = 97; // a prime, so that any stride deals every block once
-        let dtype = decoder.backend().cache_type();
-        let spec = decoder.spec().kv_cache(BLOCK_SIZE, num_blocks, dtype);
+        let cache_type = decoder.backend().cache_type();
+        let spec = decoder.spec().kv_cache(BLOCK_SIZE, num_blocks, cache_type);
         let cache = decoder.backend().kv_cache(&spec).unwrap();
         let sequences = (0..num_sequences).map(|_| Sequence::default()).collect();
         Self { decoder, cache, num_blocks, dealt: 0, sequences }
@@ -106,7 +106,7 @@ impl<'a, B: CacheType> Runner<'a, B> {
             }
             sequence.num_computed = context_len;
         }
-        let cache = self.decoder.spec().kv_cache(BLOCK_SIZE, self.num_blocks, DType::F32);
+        let cache = self.decoder.spec().kv_cache(BLOCK_SIZE, self.num_blocks, CacheType::F32);
         batch.check(self.decoder.spec(), &cache).unwrap();
         batch
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use dashinfer_kernels::DType;
+use dashinfer_kernels::{CacheType, DType};
 
 /// The type of [random weights](super::Source::Random).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -91,16 +91,34 @@ pub enum KvCacheType {
     F16,
     /// 16 bits with 8 of precision and the range of f32: half the memory.
     BF16,
+    /// 8 bits, and a scale for each token and head: about a quarter of the memory. On the CPU only.
+    Int8,
+    /// Keys in 8 bits and values in 4, with a scale (and an offset) for each token and head: a fifth of the memory. On the CPU
+    /// only.
+    Uint4,
 }
 
 impl KvCacheType {
-    pub(super) fn dtype(self) -> Option<DType> {
+    pub(super) fn cache_type(self) -> Option<CacheType> {
         match self {
             Self::Auto => None,
-            Self::F32 => Some(DType::F32),
-            Self::F16 => Some(DType::F16),
-            Self::BF16 => Some(DType::BF16),
+            Self::F32 => Some(CacheType::F32),
+            Self::F16 => Some(CacheType::F16),
+            Self::BF16 => Some(CacheType::BF16),
+            Self::Int8 => Some(CacheType::Int8),
+            Self::Uint4 => Some(CacheType::Uint4),
         }
+    }
+}
+
+/// `auto`, `f32`, `f16`, `bf16`, `int8` or `uint4`.
+impl FromStr for KvCacheType {
+    type Err = ParseSettingError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = [Self::Auto, Self::F32, Self::F16, Self::BF16, Self::Int8, Self::Uint4];
+        let named = known.into_iter().find(|known| known.cache_type().map_or("auto", CacheType::name) == text);
+        named.ok_or(ParseSettingError { known: "auto, f32, f16, bf16, int8 and uint4" })
     }
 }
 
@@ -156,6 +174,16 @@ pub struct ParseSettingError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cache_types_are_read_by_name() {
+        assert_eq!(["auto", "int8"].map(str::parse), [Ok(KvCacheType::Auto), Ok(KvCacheType::Int8)]);
+        for cache_type in CacheType::ALL {
+            assert_eq!(cache_type.name().parse::<KvCacheType>().unwrap().cache_type(), Some(cache_type));
+        }
+        let error = "int4".parse::<KvCacheType>().unwrap_err().to_string();
+        assert_eq!(error, "known are auto, f32, f16, bf16, int8 and uint4");
+    }
 
     #[test]
     fn devices_are_read_as_they_are_written() {

@@ -12,7 +12,7 @@ use std::sync::{Arc, mpsc};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa, PoolConfig};
 #[cfg(feature = "cuda")]
 use dashinfer_kernels::cuda::{CudaBackend, CudaConfig};
-use dashinfer_kernels::{Backend, DType};
+use dashinfer_kernels::{Backend, CacheType, DType};
 use dashinfer_models::{
     Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, RandomWeights,
     StepLimits, WeightSource, shapes,
@@ -349,7 +349,7 @@ impl Load {
         let max_tokens = set.max_step_tokens.unwrap_or(target.default_step_tokens());
         let limits = StepLimits { max_tokens, max_logit_rows: (max_batch + MAX_ALL_LOGITS).min(max_tokens) };
         let compute = target.compute_type(set.compute.dtype(), opened)?;
-        let kv_cache = target.kv_cache_type(set.kv_cache.dtype(), compute)?;
+        let kv_cache = target.kv_cache_type(set.kv_cache.cache_type(), compute)?;
         target.check_quantization(set.quantization)?;
         let packed_bytes = |rows, cols, stored, scheme| target.packed_bytes(rows, cols, stored, scheme, compute);
         let (spec, source) = (&opened.spec, opened.source.as_ref());
@@ -415,7 +415,7 @@ struct Plan {
     limits: StepLimits,
     max_batch: usize,
     compute: DType,
-    kv_cache: DType,
+    kv_cache: CacheType,
 }
 
 /// A source whose config and headers were read.

@@ -141,14 +141,17 @@ pub(super) fn available_bytes() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dashinfer_models::{ModelSpec, RandomWeights, StepLimits, panel_bytes, shapes};
+    use dashinfer_kernels::cpu::packed_bytes;
+    use dashinfer_models::{ModelSpec, Quantization, RandomWeights, StepLimits, shapes};
 
     fn model() -> (ModelSpec, MemoryEstimate) {
         let spec = shapes::named("qwen2.5-0.5b").unwrap();
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
         let source = RandomWeights::new(&spec, 0);
         let dtype = dashinfer_kernels::DType::F32;
-        let estimate = MemoryEstimate::new(&spec, &source, dtype, dtype, limits, &panel_bytes).unwrap();
+        let estimate =
+            MemoryEstimate::new(&spec, &source, dtype, dtype.into(), limits, Quantization::NONE, &packed_bytes)
+                .unwrap();
         (spec, estimate)
     }
 

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use dashinfer_kernels::cuda;
-use dashinfer_kernels::{DType, KernelError, Scheme};
+use dashinfer_kernels::{CacheType, DType, KernelError, Scheme};
 use dashinfer_models::{ModelSpec, Quantization, StepLimits, StoredType};
 
 use super::Device;
@@ -68,14 +68,13 @@ impl Target {
     }
 
     /// The type of keys and values.
-    pub(super) fn kv_cache_type(&self, asked: Option<DType>, compute: DType) -> Result<DType, Error> {
+    pub(super) fn kv_cache_type(&self, asked: Option<CacheType>, compute: DType) -> Result<CacheType, Error> {
+        let asked = asked.unwrap_or(compute.into());
         match self {
-            Self::Cpu => Ok(asked.unwrap_or(compute)),
-            Self::Cuda(_) if asked.is_none_or(|asked| asked == compute) => Ok(compute),
-            Self::Cuda(_) => {
-                let asked = asked.unwrap_or(compute);
+            Self::Cuda(_) if asked != compute.into() => {
                 Err(unsupported(format!("a KV cache in {asked} beside activations in {compute}"), "cuda"))
             }
+            Self::Cpu | Self::Cuda(_) => Ok(asked),
         }
     }
 

@@ -1,31 +1,82 @@
 //! The paged cache: blocks of keys and values in the order that the products read them.
 //!
-//! For each layer, block and key/value head, keys are `[D][B]` (so that one step over `D` multiplies with neighbouring
-//! positions) and values `[B][D]` (so that one step over positions multiplies with neighbouring features). Both products of
-//! attention are then sums of broadcast times vector, like a dense product over panels.
+//! Both products of attention are sums of broadcast times vector, like a dense product over panels, and read groups of 16
+//! neighbours: positions of a key, features of a value. For each layer, block and key/value head,
+//!
+//! - keys are `[B / 16][D][16]`: one step over features multiplies with 16 positions;
+//! - values are `[D / 16][B][16]`: one step over positions multiplies with 16 features.
+//!
+//! So each is read from its start to its end. `D` is padded with zeros to whole groups; quantized types have the scales of the
+//! `B` tokens behind (and then, if there are any, the offsets).
+//!
+//! Within a group, bf16 has element `j` beside `j + 8`, and one shift or mask of eight words widens eight neighbours; so has
+//! uint4. Threads write tokens: the two features of a value that share a byte are of one token.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::super::aligned::AlignedBuf;
-use crate::{DType, KernelError, KvCacheSpec};
+use super::{int8, uint4};
+use crate::{CacheType, DType, KernelError, KvCacheSpec};
+
+/// Elements that are read together.
+pub(super) const GROUP: usize = 16;
 
 /// Keys and values of all layers on the CPU.
 #[derive(Debug)]
 pub struct CpuKvCache {
     spec: KvCacheSpec,
-    /// `[L][2][num_blocks][K][D * B]`
+    /// `[L]` of `[num_blocks][K]` runs of keys, then as many of values.
     data: AlignedBuf<u8>,
+}
+
+/// Which of the two a run holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Keys,
+    Values,
+}
+
+/// How one side of a cache is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Element {
+    Float(DType),
+    Int8,
+    Uint4,
+}
+
+impl Element {
+    fn of(cache_type: CacheType, side: Side) -> Self {
+        match (cache_type, side) {
+            (CacheType::F32, _) => Self::Float(DType::F32),
+            (CacheType::F16, _) => Self::Float(DType::F16),
+            (CacheType::BF16, _) => Self::Float(DType::BF16),
+            (CacheType::Int8, _) | (CacheType::Uint4, Side::Keys) => Self::Int8,
+            (CacheType::Uint4, Side::Values) => Self::Uint4,
+        }
+    }
+}
+
+/// Keys or values of one head in one block.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Run<'a> {
+    /// The elements.
+    pub(super) codes: &'a [u8],
+    /// `[B]` scales, then offsets.
+    scales: &'a [u8],
 }
 
 impl CpuKvCache {
     pub(crate) fn new(spec: &KvCacheSpec) -> Result<Self, KernelError> {
-        let mut bytes = 2 * spec.dtype.size_bytes();
-        for factor in [spec.num_layers, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim] {
-            bytes = bytes.saturating_mul(factor);
-        }
-        if !spec.block_size.is_multiple_of(16) || spec.block_size == 0 || spec.block_size > 128 {
+        if !spec.block_size.is_multiple_of(GROUP) || spec.block_size == 0 || spec.block_size > 128 {
             let what = format!("a block of {} tokens (16, 32, 64 or 128 are)", spec.block_size);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
+        }
+        let mut bytes = 1_usize;
+        // A head size that is too large for its bytes to be counted is also too large for the buffer.
+        let head_bytes = if spec.head_dim > 1 << 32 { usize::MAX } else { spec.cache_type.head_bytes(spec.head_dim) };
+        for factor in [spec.num_layers, spec.num_blocks, spec.block_size, spec.num_kv_heads, head_bytes] {
+            bytes = bytes.saturating_mul(factor);
         }
         Ok(Self { spec: *spec, data: AlignedBuf::zeroed("the KV cache", bytes)? })
     }
@@ -36,37 +87,83 @@ impl CpuKvCache {
         &self.spec
     }
 
-    /// The bytes of the keys (`side` 0) or values (1) of one head in one block.
-    fn start(&self, layer: usize, side: usize, block: usize, kv_head: usize) -> usize {
+    /// The head size, padded to whole groups.
+    pub(super) fn width(&self) -> usize {
+        self.spec.head_dim.next_multiple_of(GROUP)
+    }
+
+    /// Where the run of one head in one block starts.
+    fn start(&self, layer: usize, side: Side, block: usize, kv_head: usize) -> usize {
         let s = &self.spec;
-        (((layer * 2 + side) * s.num_blocks + block) * s.num_kv_heads + kv_head) * self.run_bytes()
+        let runs = s.num_blocks * s.num_kv_heads;
+        let [keys, values] = [Side::Keys, Side::Values].map(|side| self.run_bytes(side));
+        let run = block * s.num_kv_heads + kv_head;
+        let in_layer = if side == Side::Keys { run * keys } else { runs * keys + run * values };
+        layer * runs * (keys + values) + in_layer
     }
 
-    fn run_bytes(&self) -> usize {
-        self.spec.head_dim * self.spec.block_size * self.spec.dtype.size_bytes()
+    fn run_bytes(&self, side: Side) -> usize {
+        self.code_bytes(side) + self.spec.block_size * self.spec.cache_type.scale_bytes()
     }
 
-    /// Keys of one head in one block, `[D][B]`.
-    pub(super) fn keys(&self, layer: usize, block: usize, kv_head: usize) -> &[u8] {
-        &self.data[self.start(layer, 0, block, kv_head)..][..self.run_bytes()]
+    fn code_bytes(&self, side: Side) -> usize {
+        let (keys, values) = (self.spec.cache_type.key_bits(), self.spec.cache_type.value_bits());
+        self.spec.block_size * self.width() * if side == Side::Keys { keys } else { values } / 8
     }
 
-    /// Values of one head in one block, `[B][D]`.
-    pub(super) fn values(&self, layer: usize, block: usize, kv_head: usize) -> &[u8] {
-        &self.data[self.start(layer, 1, block, kv_head)..][..self.run_bytes()]
+    /// Keys or values of one head in one block.
+    pub(super) fn run(&self, layer: usize, side: Side, block: usize, kv_head: usize) -> Run<'_> {
+        let run = &self.data[self.start(layer, side, block, kv_head)..][..self.run_bytes(side)];
+        let (codes, scales) = run.split_at(self.code_bytes(side));
+        Run { codes, scales }
     }
 
-    pub(super) fn key(&self, layer: usize, block: usize, kv_head: usize, i: usize, offset: usize) -> f32 {
-        crate::element(self.keys(layer, block, kv_head), self.spec.dtype, i * self.spec.block_size + offset)
+    /// Where feature `i` of the token at `offset` in its block stands among the elements of its run.
+    fn index(&self, side: Side, i: usize, offset: usize) -> usize {
+        let (width, block_size) = (self.width(), self.spec.block_size);
+        let (group, j) = match side {
+            Side::Keys => (offset / GROUP * width + i, offset % GROUP),
+            Side::Values => (i / GROUP * block_size + offset, i % GROUP),
+        };
+        let paired = matches!(Element::of(self.spec.cache_type, side), Element::Float(DType::BF16) | Element::Uint4);
+        group * GROUP + if paired { j % 8 * 2 + j / 8 } else { j }
     }
 
-    pub(super) fn value(&self, layer: usize, block: usize, kv_head: usize, i: usize, offset: usize) -> f32 {
-        crate::element(self.values(layer, block, kv_head), self.spec.dtype, offset * self.spec.head_dim + i)
+    /// Feature `i` of the token at `offset` in a block; a value of uint4 is rotated.
+    pub(super) fn value(&self, layer: usize, side: Side, block: usize, kv_head: usize, i: usize, offset: usize) -> f32 {
+        let Run { codes, scales } = self.run(layer, side, block, kv_head);
+        let (index, b) = (self.index(side, i, offset), self.spec.block_size);
+        let half = |at: usize| f16::from_le_bytes([scales[2 * at], scales[2 * at + 1]]);
+        match Element::of(self.spec.cache_type, side) {
+            Element::Float(dtype) => crate::element(codes, dtype, index),
+            Element::Int8 => int8::dequantize(codes[index].cast_signed(), crate::element(scales, DType::F32, offset)),
+            Element::Uint4 => {
+                let steps = uint4::Steps { scale: half(offset), offset: half(b + offset) };
+                steps.dequantize(codes[index / 2] >> (index % 2 * 4) & 15)
+            }
+        }
     }
 
     /// A handle through which threads store tokens, each its own slots.
     pub(crate) fn writer(&mut self) -> CacheWriter<'_> {
         CacheWriter { start: super::SendPtr(self.data.as_mut_ptr()), cache: self }
+    }
+}
+
+impl Run<'_> {
+    /// The scales of neighbouring tokens from `offset` on, if they are int8.
+    pub(super) fn int8_scales(&self, offset: usize, scales: &mut [f32]) {
+        // Runs are a multiple of 64 bytes long in a buffer that is aligned to as many, so their scales are aligned.
+        let stored: &[f32] = bytemuck::cast_slice(self.scales);
+        scales.copy_from_slice(&stored[offset..][..scales.len()]);
+    }
+
+    /// The scales and offsets of neighbouring tokens from `offset` on, if they are uint4.
+    pub(super) fn uint4_scales(&self, offset: usize, scales: &mut [f32], offsets: &mut [f32]) {
+        // Aligned as above.
+        let stored: &[f16] = bytemuck::cast_slice(self.scales);
+        stored[offset..][..scales.len()].convert_to_f32_slice(scales);
+        stored[stored.len() / 2 + offset..][..offsets.len()].convert_to_f32_slice(offsets);
     }
 }
 
@@ -80,34 +177,129 @@ impl CacheWriter<'_> {
     /// Stores one token's key and value of one head, rounded to the cache's type.
     ///
     /// # Safety
-    /// No other thread accesses this slot. `layer`, `slot` and `kv_head` exist; `key` and `value` are `[D]`.
+    /// Layer, slot and head exist, both slices are `[D]`, and no other thread stores to this slot and head.
     pub(crate) unsafe fn store(&self, layer: usize, slot: usize, kv_head: usize, key: &[f32], value: &[f32]) {
-        let spec = &self.cache.spec;
-        let (block, offset) = (slot / spec.block_size, slot % spec.block_size);
-        let keys = self.cache.start(layer, 0, block, kv_head);
-        let values = self.cache.start(layer, 1, block, kv_head);
-        let size = spec.dtype.size_bytes();
-        for (i, (key, value)) in key.iter().zip(value).enumerate() {
-            // SAFETY: both places lie in the runs of this head and block, which lie in the buffer; the caller has the slot
-            // to itself.
-            unsafe {
-                put(self.start.get().add(keys + (i * spec.block_size + offset) * size), *key, spec.dtype);
-                put(self.start.get().add(values + (offset * spec.head_dim + i) * size), *value, spec.dtype);
+        let (block, offset) = (slot / self.cache.spec.block_size, slot % self.cache.spec.block_size);
+        for (side, values) in [(Side::Keys, key), (Side::Values, value)] {
+            let start = self.cache.start(layer, side, block, kv_head);
+            let (mut short, mut long) = ([0.0; 256], Vec::new());
+            let mut values = values;
+            if Element::of(self.cache.spec.cache_type, side) == Element::Uint4 {
+                let rotated = if let Some(short) = short.get_mut(..values.len()) {
+                    short
+                } else {
+                    long.resize(values.len(), 0.0);
+                    &mut long[..]
+                };
+                rotated.copy_from_slice(values);
+                uint4::rotate(rotated);
+                values = rotated;
+            }
+            // SAFETY: the run of this head and block lies in the buffer; the caller has the slot to itself.
+            unsafe { self.store_side(self.start.get().add(start), side, offset, values) };
+        }
+    }
+
+    /// # Safety
+    /// `run` is where that of `side` starts in some block, `values` is `[D]`, and no other thread stores to this token of it.
+    unsafe fn store_side(&self, run: *mut u8, side: Side, offset: usize, values: &[f32]) {
+        let cache = self.cache;
+        let (b, code_bytes) = (cache.spec.block_size, cache.code_bytes(side));
+        // `cache.index(side, i, offset)`, in steps: features of a key are a group apart, those of a value are neighbours in groups.
+        let first = cache.index(side, 0, offset);
+        let paired = cache.index(Side::Values, 1, 0) == 2;
+        let indexed = values.iter().enumerate().map(|(i, x)| {
+            let j = i % GROUP;
+            let in_group = if paired { j % 8 * 2 + j / 8 } else { j };
+            let step = if side == Side::Keys { i * GROUP } else { i / GROUP * b * GROUP + in_group };
+            (first + step, *x)
+        });
+        // SAFETY: elements `cache.index(..)` lie within the codes of the run, and one scale (and offset) for each of `b` tokens
+        // behind them. Bytes are of one token only. Runs and their parts are multiples of 64 bytes in an aligned buffer, so
+        // each type is aligned.
+        unsafe {
+            let scales = run.add(code_bytes);
+            match Element::of(cache.spec.cache_type, side) {
+                Element::Float(DType::F32) => indexed.for_each(|(at, x)| run.cast::<f32>().add(at).write(x)),
+                Element::Float(DType::F16) => {
+                    indexed.for_each(|(at, x)| run.cast::<f16>().add(at).write(f16::from_f32(x)))
+                }
+                Element::Float(DType::BF16) => {
+                    indexed.for_each(|(at, x)| run.cast::<bf16>().add(at).write(bf16::from_f32(x)))
+                }
+                Element::Int8 => {
+                    let scale = int8::scale(values);
+                    scales.cast::<f32>().add(offset).write(scale);
+                    let inverse = int8::inverse(scale);
+                    indexed.for_each(|(at, x)| run.cast::<i8>().add(at).write(int8::quantize(x, inverse)));
+                }
+                Element::Uint4 => {
+                    let steps = uint4::Steps::of(values);
+                    scales.cast::<f16>().add(offset).write(steps.scale);
+                    scales.cast::<f16>().add(b + offset).write(steps.offset);
+                    for (at, x) in indexed {
+                        let (byte, shift) = (run.add(at / 2), at % 2 * 4);
+                        byte.write(byte.read() & !(15 << shift) | steps.quantize(x) << shift);
+                    }
+                }
             }
         }
     }
 }
 
-/// # Safety
-/// An element of `dtype` may be written at `to`.
-#[inline(always)]
-unsafe fn put(to: *mut u8, value: f32, dtype: DType) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match dtype {
-            DType::F32 => to.cast::<f32>().write_unaligned(value),
-            DType::F16 => to.cast::<f16>().write_unaligned(f16::from_f32(value)),
-            DType::BF16 => to.cast::<bf16>().write_unaligned(bf16::from_f32(value)),
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::math::tests::noise;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn what_is_stored_is_read_within_the_bound_of_its_type(
+            head_dim in 1usize..100, block in 0usize..4, which in 0usize..5, seed: u64,
+        ) {
+            let (cache_type, block_size) = (CacheType::ALL[which], [16, 32, 64, 128][block]);
+            let spec = KvCacheSpec { num_layers: 2, num_blocks: 3, block_size, num_kv_heads: 2, head_dim, cache_type };
+            let mut cache = CpuKvCache::new(&spec).unwrap();
+            let tokens = noise(3 * block_size * 2 * 2 * head_dim, seed);
+            let token = |slot: usize, head: usize| {
+                let (key, value) = tokens[(slot * 2 + head) * 2 * head_dim..][..2 * head_dim].split_at(head_dim);
+                [(Side::Keys, key), (Side::Values, value)]
+            };
+            let writer = cache.writer();
+            // Twice: what is stored replaces what was there.
+            for slot in (0..3 * block_size).chain(0..3 * block_size) {
+                for head in 0..2 {
+                    let [(_, key), (_, value)] = token(slot, head);
+                    // SAFETY: one thread; layer, slot and head exist.
+                    unsafe { writer.store(1, slot, head, key, value) };
+                }
+            }
+            for (slot, head) in (0..3 * block_size).flat_map(|slot| [(slot, 0), (slot, 1)]) {
+                for (side, values) in token(slot, head) {
+                    let mut values = values.to_vec();
+                    let element = Element::of(cache_type, side);
+                    if element == Element::Uint4 {
+                        uint4::rotate(&mut values);
+                    }
+                    let values = &values[..];
+                    let steps = uint4::Steps::of(values).scale.to_f32();
+                    let bound = match element {
+                        Element::Float(DType::F32) => 0.0,
+                        Element::Float(DType::F16) => 0.5 / 1024.0,
+                        Element::Float(DType::BF16) => 0.5 / 128.0,
+                        Element::Int8 => int8::scale(values) * 0.50005,
+                        Element::Uint4 => steps * 0.5001 + 1e-6,
+                    };
+                    for (i, x) in values.iter().enumerate() {
+                        let found = cache.value(1, side, slot / block_size, head, i, slot % block_size);
+                        prop_assert!((found - x).abs() <= bound, "{cache_type} {side:?}: {x} became {found}");
+                    }
+                }
+            }
+            prop_assert!(cache.data[..cache.data.len() / 2].iter().all(|&byte| byte == 0), "the other layer is untouched");
         }
     }
 }

@@ -1,25 +1,46 @@
 //! Paged attention for prefill chunks and decodes in one call.
 //!
+//! Positions are cut into ranges of [`RANGE`] at absolute places, and what the ranges give a query is added up in their order.
+//! So the order of a row's sums depends on its position alone: not on the chunk or the batch that it came in, nor on the
+//! threads. <https://arxiv.org/abs/2205.14135>
+//!
 //! Work is cut into units of one sequence, one key/value head and some neighbouring rows, whose queries share the keys and
-//! values that a unit reads.
+//! values that a unit reads. When there are too few of them for the threads, as in the decode of a long context, each is cut
+//! once more, into runs of ranges.
 
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod avx512;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod blocked;
 mod cache;
+mod int8;
+mod partial;
 mod scalar;
+mod uint4;
 
 use std::ops::Range;
 
 pub use cache::CpuKvCache;
+use partial::Partial;
 
 use super::isa::{Isa, Variant, choose};
 pub(super) use super::linear::SendPtr;
 use super::pool::ThreadPool;
-use crate::{AttentionParams, PagedBatch};
+use crate::{AttentionParams, CacheType, PagedBatch};
+
+/// Positions whose scores are computed, softened and multiplied with values before the next: few enough that their keys and
+/// values stay in the L2 cache, many enough that the sums of a range stay in registers for long.
+const RANGE: usize = 256;
 
 /// Queries (rows times heads of a group) that a unit aims at: enough to reuse what it reads, few enough that their state
 /// stays in the L2 cache.
 const QUERIES_PER_UNIT: usize = 48;
+
+/// Units are cut into runs of ranges when there are fewer than this for each thread, into about as many tasks as this.
+const UNITS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
 
 /// Rows of one sequence and the query heads of one key/value head.
 #[derive(Debug, Clone)]
@@ -27,6 +48,17 @@ pub(crate) struct Unit {
     sequence: usize,
     kv_head: usize,
     rows: Range<usize>,
+    /// The ranges that any of the rows sees, by number.
+    ranges: Range<usize>,
+}
+
+/// Some ranges of a unit.
+#[derive(Debug, Clone)]
+struct Task {
+    unit: usize,
+    ranges: Range<usize>,
+    /// Where what they give is kept among the partials of the call, one range after the other.
+    partial: usize,
 }
 
 /// One attention call.
@@ -42,9 +74,13 @@ pub(crate) struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn heads_of(&self, kv_head: usize) -> Range<usize> {
-        let group = self.params.num_heads / self.params.num_kv_heads;
-        kv_head * group..(kv_head + 1) * group
+    /// Query heads of a key/value head.
+    fn group(&self) -> usize {
+        self.params.num_heads / self.params.num_kv_heads
+    }
+
+    fn num_queries(&self, unit: &Unit) -> usize {
+        unit.rows.len() * self.group()
     }
 
     fn query(&self, row: usize, head: usize) -> &[f32] {
@@ -53,9 +89,9 @@ impl Work<'_> {
         &self.qkv[row * stride + head * d..][..d]
     }
 
-    /// The positions that `row` of the unit's sequence sees.
-    fn visible(&self, unit: &Unit, row: usize) -> Range<usize> {
-        let sequence = &self.batch.sequences[unit.sequence];
+    /// The positions that `row` of a sequence sees.
+    fn visible(&self, sequence: usize, row: usize) -> Range<usize> {
+        let sequence = &self.batch.sequences[sequence];
         let end = sequence.context_len - sequence.num_rows + (row - sequence.first_row) + 1;
         self.params.window.map_or(0, |window| end.saturating_sub(window))..end
     }
@@ -67,31 +103,73 @@ impl Work<'_> {
         (self.batch.block_table[table + position / block_size] as usize, position % block_size)
     }
 
-    /// Writes one head's output.
+    /// The queries of a unit, padded with zeros to `[Q, width]`, in units of which scores are exponents of two.
+    fn scaled_queries(&self, unit: &Unit, to: &mut Vec<f32>) {
+        let (group, width) = (self.group(), self.cache.width());
+        let scale = self.params.scale * std::f32::consts::LOG2_E;
+        to.clear();
+        for row in unit.rows.clone() {
+            for head in unit.kv_head * group..(unit.kv_head + 1) * group {
+                to.extend(self.query(row, head).iter().map(|x| x * scale));
+                to.resize(to.len().next_multiple_of(width), 0.0);
+            }
+        }
+    }
+
+    /// Writes the outputs of a unit.
     ///
     /// # Safety
-    /// Row and head exist, `value` is `[D]`, and no other thread writes this head of this row.
-    unsafe fn store(&self, row: usize, head: usize, value: &[f32]) {
-        let d = self.params.head_dim;
-        // SAFETY: the place lies in `out`; the caller vouches for exclusive access.
-        unsafe {
-            let to = self.out.get().add((row * self.params.num_heads + head) * d);
-            to.copy_from_nonoverlapping(value.as_ptr(), d);
+    /// The unit lies within the work, `sum` holds its queries, and no other thread writes these heads of these rows.
+    unsafe fn store(&self, unit: &Unit, sum: &mut Partial<'_>) {
+        let (group, d) = (self.group(), self.params.head_dim);
+        for (i, row) in unit.rows.clone().enumerate() {
+            for j in 0..group {
+                let value = &mut sum.mean(i * group + j)[..d];
+                if self.cache.spec().cache_type == CacheType::Uint4 {
+                    uint4::rotate(value);
+                }
+                // SAFETY: the place lies in `out`; the caller vouches for exclusive access.
+                unsafe {
+                    let to = self.out.get().add((row * self.params.num_heads + unit.kv_head * group + j) * d);
+                    to.copy_from_nonoverlapping(value.as_ptr(), d);
+                }
+            }
         }
     }
 }
 
-/// `(work, unit, scratch)`.
-pub(crate) type AttentionUnit = unsafe fn(&Work<'_>, &Unit, &mut Vec<f32>);
+/// A range of positions for the queries of a unit.
+pub(crate) struct Span<'a> {
+    work: &'a Work<'a>,
+    unit: &'a Unit,
+    /// The first position, a multiple of [`RANGE`].
+    start: usize,
+    /// `[Q, width]`, scaled.
+    queries: &'a [f32],
+}
 
-pub(crate) static VARIANTS: &[Variant<AttentionUnit>] = &[
+impl Span<'_> {
+    /// The positions of the range that `row` sees, counted from its start.
+    fn seen(&self, row: usize) -> Range<usize> {
+        let visible = self.work.visible(self.unit.sequence, row);
+        let inside = |position: usize| position.clamp(self.start, self.start + RANGE) - self.start;
+        inside(visible.start)..inside(visible.end)
+    }
+}
+
+/// `(span, scratch, partial)`: sets the partial to what the positions of the range give each query.
+pub(crate) type AttentionRange = unsafe fn(&Span<'_>, &mut Vec<f32>, &mut Partial<'_>);
+
+pub(crate) static VARIANTS: &[Variant<AttentionRange>] = &[
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-    Variant { isa: Isa::Avx2, run: avx2::unit },
-    Variant { isa: Isa::Scalar, run: scalar::unit },
+    Variant { isa: Isa::Avx512, run: avx512::range },
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    Variant { isa: Isa::Avx2, run: avx2::range },
+    Variant { isa: Isa::Scalar, run: scalar::range },
 ];
 
 /// The best variant that needs no more than `limit`.
-pub(crate) fn best(limit: Isa) -> AttentionUnit {
+pub(crate) fn best(limit: Isa) -> AttentionRange {
     choose(VARIANTS, limit)
 }
 
@@ -99,7 +177,18 @@ pub(crate) fn best(limit: Isa) -> AttentionUnit {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     units: Vec<Unit>,
-    per_worker: Vec<Vec<f32>>,
+    tasks: Vec<Task>,
+    /// What the ranges of units give that were cut: next to what is read of the cache for it, little.
+    partials: Vec<f32>,
+    per_worker: Vec<WorkerScratch>,
+}
+
+#[derive(Debug, Default)]
+struct WorkerScratch {
+    queries: Vec<f32>,
+    /// The sum of the ranges so far, then what the next one gives.
+    partials: Vec<f32>,
+    range: Vec<f32>,
 }
 
 /// `out[t, h] = Σ_p softmax_p(scale · q[t, h] · k[p, h / (H / K)]) · v[p, h / (H / K)]` over the positions `p` that row `t` sees:
@@ -107,30 +196,107 @@ pub(crate) struct Scratch {
 /// relative to the largest output.
 ///
 /// The caller has checked shapes, slots and block tables.
-pub(crate) fn run(variant: AttentionUnit, work: &Work<'_>, scratch: &mut Scratch, pool: &ThreadPool) {
-    let group = work.params.num_heads / work.params.num_kv_heads;
-    let rows_per_unit = (QUERIES_PER_UNIT / group).max(1);
-    scratch.units.clear();
+pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratch, pool: &ThreadPool) {
+    let Scratch { units, tasks, partials, per_worker } = scratch;
+    plan_units(work, units);
+    per_worker.resize_with(pool.num_threads(), WorkerScratch::default);
+    let per_worker = SendPtr(per_worker.as_mut_ptr());
+    // SAFETY: no two tasks run as the same worker at once, and there is an element for each worker.
+    let scratch_of = |worker: usize| unsafe { &mut *per_worker.get().add(worker) };
+    let width = work.cache.width();
+    let longest = units.iter().map(|unit| unit.ranges.len()).max().unwrap_or(0);
+    if longest <= 1 || pool.num_threads() == 1 || units.len() >= UNITS_PER_THREAD * pool.num_threads() {
+        let units = &*units;
+        pool.run(units.len(), &|task, worker| {
+            let (unit, scratch) = (&units[task], scratch_of(worker));
+            let queries = work.num_queries(unit);
+            work.scaled_queries(unit, &mut scratch.queries);
+            scratch.partials.resize(2 * Partial::len(queries, width), 0.0);
+            let (sum, range) = scratch.partials.split_at_mut(Partial::len(queries, width));
+            let (mut sum, mut range) = (Partial::new(sum, queries), Partial::new(range, queries));
+            sum.clear();
+            for start in unit.ranges.clone().map(|number| number * RANGE) {
+                let span = Span { work, unit, start, queries: &scratch.queries };
+                // SAFETY: the variant was chosen for this machine; the partial is one of this unit's queries.
+                unsafe { variant(&span, &mut scratch.range, &mut range) };
+                sum.add(&range);
+            }
+            // SAFETY: units are disjoint in rows and heads.
+            unsafe { work.store(unit, &mut sum) };
+        });
+        return;
+    }
+
+    let total: usize = units.iter().map(|unit| unit.ranges.len()).sum();
+    let len = plan_tasks(work, units, total.div_ceil(TASKS_PER_THREAD * pool.num_threads()), tasks);
+    partials.resize(len, 0.0);
+    let start = SendPtr(partials.as_mut_ptr());
+    let (units, tasks) = (&*units, &*tasks);
+    pool.run(tasks.len(), &|task, worker| {
+        let (task, scratch) = (&tasks[task], scratch_of(worker));
+        let unit = &units[task.unit];
+        let queries = work.num_queries(unit);
+        let len = Partial::len(queries, width);
+        work.scaled_queries(unit, &mut scratch.queries);
+        for (i, number) in task.ranges.clone().enumerate() {
+            let span = Span { work, unit, start: number * RANGE, queries: &scratch.queries };
+            // SAFETY: the task's place among the partials was made for its ranges, and no other task has it.
+            let range = unsafe { std::slice::from_raw_parts_mut(start.get().add(task.partial + i * len), len) };
+            // SAFETY: the variant was chosen for this machine; the partial is one of this unit's queries.
+            unsafe { variant(&span, &mut scratch.range, &mut Partial::new(range, queries)) };
+        }
+    });
+    // The tasks of a unit follow each other, and so do their partials.
+    let partials = &mut *partials;
+    let mut rest = &mut partials[..];
+    for unit in units {
+        let queries = work.num_queries(unit);
+        let len = Partial::len(queries, width);
+        let (first, others) = rest.split_at_mut(unit.ranges.len() * len);
+        rest = others;
+        let (sum, ranges) = first.split_at_mut(len);
+        let mut sum = Partial::new(sum, queries);
+        for range in ranges.chunks_exact_mut(len) {
+            sum.add(&Partial::new(range, queries));
+        }
+        // SAFETY: this is the only thread that writes outputs.
+        unsafe { work.store(unit, &mut sum) };
+    }
+}
+
+fn plan_units(work: &Work<'_>, units: &mut Vec<Unit>) {
+    let rows_per_unit = (QUERIES_PER_UNIT / work.group()).max(1);
+    units.clear();
     for (index, sequence) in work.batch.sequences.iter().enumerate() {
         let end = sequence.first_row + sequence.num_rows;
         for first in (sequence.first_row..end).step_by(rows_per_unit) {
             let rows = first..end.min(first + rows_per_unit);
-            scratch.units.extend((0..work.params.num_kv_heads).map(|kv_head| Unit {
+            // Rows see positions that only move up, so the first row's start and the last row's end bound them all.
+            let (start, end) = (work.visible(index, first).start, work.visible(index, rows.end - 1).end);
+            units.extend((0..work.params.num_kv_heads).map(|kv_head| Unit {
                 sequence: index,
                 kv_head,
                 rows: rows.clone(),
+                ranges: start / RANGE..end.div_ceil(RANGE),
             }));
         }
     }
-    scratch.per_worker.resize_with(pool.num_threads(), Vec::new);
-    let per_worker = SendPtr(scratch.per_worker.as_mut_ptr());
-    let units = &scratch.units;
-    pool.run(units.len(), &|task, worker| {
-        // SAFETY: no two tasks run as the same worker at once, and there is an element for each worker.
-        let scratch = unsafe { &mut *per_worker.get().add(worker) };
-        // SAFETY: the variant was chosen for this machine; units are disjoint in rows and heads.
-        unsafe { variant(work, &units[task], scratch) };
-    });
+}
+
+/// Cuts units into tasks of `ranges_per_task` ranges, and returns how long their partials are together.
+fn plan_tasks(work: &Work<'_>, units: &[Unit], ranges_per_task: usize, tasks: &mut Vec<Task>) -> usize {
+    let mut partial = 0;
+    tasks.clear();
+    for (index, unit) in units.iter().enumerate() {
+        let len = Partial::len(work.num_queries(unit), work.cache.width());
+        for first in unit.ranges.clone().step_by(ranges_per_task) {
+            let ranges = first..unit.ranges.end.min(first + ranges_per_task);
+            let used = ranges.len() * len;
+            tasks.push(Task { unit: index, ranges, partial });
+            partial += used;
+        }
+    }
+    partial
 }
 
 #[cfg(test)]
@@ -139,8 +305,9 @@ mod tests {
     use crate::cpu::isa::supported;
     use crate::cpu::math::tests::noise;
     use crate::cpu::pool::PoolConfig;
-    use crate::{DType, KvCacheSpec, SequenceRows};
+    use crate::{KvCacheSpec, SequenceRows};
     use proptest::prelude::*;
+    use std::num::NonZeroUsize;
 
     struct Case {
         params: AttentionParams,
@@ -154,7 +321,7 @@ mod tests {
         fn new(
             params: AttentionParams,
             block_size: usize,
-            dtype: DType,
+            cache_type: CacheType,
             sequences: &[(usize, usize)],
             seed: u64,
         ) -> Self {
@@ -181,7 +348,7 @@ mod tests {
                 block_size,
                 num_kv_heads: params.num_kv_heads,
                 head_dim: params.head_dim,
-                dtype,
+                cache_type,
             };
             let mut cache = CpuKvCache::new(&spec).unwrap();
             let d = params.head_dim;
@@ -197,16 +364,15 @@ mod tests {
             Self { params, batch, cache, qkv }
         }
 
-        fn run(&self, variant: AttentionUnit, pool: &ThreadPool) -> Vec<f32> {
-            let mut out = vec![f32::NAN; self.batch.positions.len() * self.params.num_heads * self.params.head_dim];
-            let work = Work {
-                params: &self.params,
-                batch: &self.batch,
-                cache: &self.cache,
-                layer: 1,
-                qkv: &self.qkv,
-                out: SendPtr(out.as_mut_ptr()),
-            };
+        fn run(&self, variant: AttentionRange, pool: &ThreadPool) -> Vec<f32> {
+            self.run_batch(&self.batch, &self.qkv, variant, pool)
+        }
+
+        /// Runs other rows over the same cache.
+        fn run_batch(&self, batch: &PagedBatch, qkv: &[f32], variant: AttentionRange, pool: &ThreadPool) -> Vec<f32> {
+            let mut out = vec![f32::NAN; batch.positions.len() * self.params.num_heads * self.params.head_dim];
+            let work =
+                Work { params: &self.params, batch, cache: &self.cache, layer: 1, qkv, out: SendPtr(out.as_mut_ptr()) };
             run(variant, &work, &mut Scratch::default(), pool);
             out
         }
@@ -222,16 +388,17 @@ mod tests {
 
         #[test]
         fn every_variant_agrees_with_scalar(
-            kv_heads in 1usize..3, group in 1usize..9, head_dim in 1usize..70, window in 0usize..60,
-            sequences in prop::collection::vec((1usize..150, 1usize..40), 1..4), block in 0usize..4, which in 0usize..3,
+            kv_heads in 1usize..3, group in 1usize..9, head_dim in 1usize..70,
+            window in prop_oneof![Just(0usize), 1usize..60, 200usize..400],
+            sequences in prop::collection::vec((prop_oneof![1usize..150, 200usize..500], 1usize..12), 1..4), block in 0usize..4, which in 0usize..5,
             seed: u64,
         ) {
             let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
             let sequences: Vec<_> = sequences.iter().map(|&(context, rows)| (context, rows.min(context))).collect();
             let params = params(kv_heads, group, head_dim, (window > 0).then_some(window));
-            let dtype = [DType::F32, DType::F16, DType::BF16][which];
-            let case = Case::new(params, [16, 32, 64, 128][block], dtype, &sequences, seed);
-            let want = case.run(scalar::unit, &pool);
+            let cache_type = CacheType::ALL[which];
+            let case = Case::new(params, [16, 32, 64, 128][block], cache_type, &sequences, seed);
+            let want = case.run(scalar::range, &pool);
             for v in supported(VARIANTS) {
                 for (i, (out, want)) in case.run(v.run, &pool).iter().zip(&want).enumerate() {
                     prop_assert!((out - want).abs() <= 1e-5, "{:?} at {i}: {out}, {want}", v.isa);
@@ -244,8 +411,8 @@ mod tests {
     fn published_head_sizes_agree_with_scalar() {
         let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
         for (head_dim, group) in [(64, 7), (80, 1), (96, 4), (128, 6), (192, 2), (256, 16)] {
-            let case = Case::new(params(1, group, head_dim, None), 32, DType::F32, &[(130, 3), (65, 1)], 7);
-            let want = case.run(scalar::unit, &pool);
+            let case = Case::new(params(1, group, head_dim, None), 32, CacheType::F32, &[(130, 3), (65, 1)], 7);
+            let want = case.run(scalar::range, &pool);
             for v in supported(VARIANTS) {
                 for (out, want) in case.run(v.run, &pool).iter().zip(&want) {
                     assert!((out - want).abs() <= 1e-5, "{:?} head size {head_dim}: {out}, {want}", v.isa);
@@ -254,33 +421,59 @@ mod tests {
         }
     }
 
+    /// Decodes and chunks of one sequence, with and without units cut for more threads: a row is the same.
     #[test]
     fn a_row_has_the_same_bits_alone_and_in_a_chunk() {
-        let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
-        for window in [None, Some(50)] {
-            let whole = Case::new(params(2, 3, 20, window), 16, DType::F32, &[(150, 150)], 5);
-            for v in supported(VARIANTS) {
-                let want = whole.run(v.run, &pool);
-                for position in [0, 1, 15, 63, 64, 100, 149] {
-                    let stride = whole.qkv.len() / 150;
-                    let batch = PagedBatch {
-                        positions: vec![position as u32],
-                        slots: Vec::new(),
-                        sequences: vec![SequenceRows {
+        const LEN: usize = 600;
+        let one = ThreadPool::new(&PoolConfig { threads: NonZeroUsize::new(1), cores: Vec::new() }).unwrap();
+        let three = ThreadPool::new(&PoolConfig { threads: NonZeroUsize::new(3), cores: Vec::new() }).unwrap();
+        for cache_type in CacheType::ALL {
+            for window in [None, Some(50), Some(300)] {
+                let whole = Case::new(params(2, 2, 12, window), 16, cache_type, &[(LEN, LEN)], 5);
+                for v in supported(VARIANTS) {
+                    let want = whole.run(v.run, &one);
+                    for (position, rows) in [(0, 1), (1, 1), (63, 1), (255, 1), (256, 2), (300, 40), (511, 2), (599, 1)]
+                    {
+                        let stride = whole.qkv.len() / LEN;
+                        let mut batch =
+                            PagedBatch { block_table: whole.batch.block_table.clone(), ..PagedBatch::default() };
+                        let rows = rows.min(LEN - position);
+                        batch.positions = (position..position + rows).map(|position| position as u32).collect();
+                        batch.sequences = vec![SequenceRows {
                             first_row: 0,
-                            num_rows: 1,
-                            context_len: position + 1,
+                            num_rows: rows,
+                            context_len: position + rows,
                             first_block: 0,
-                            num_blocks: 10,
-                        }],
-                        block_table: whole.batch.block_table.clone(),
-                    };
-                    let qkv = whole.qkv[position * stride..][..stride].to_vec();
-                    let cache = Case::new(params(2, 3, 20, window), 16, DType::F32, &[(150, 150)], 5).cache;
-                    let alone = Case { params: whole.params, batch, cache, qkv }.run(v.run, &pool);
-                    assert_eq!(alone, want[position * alone.len()..][..alone.len()], "{:?} {position}", v.isa);
+                            num_blocks: LEN.div_ceil(16),
+                        }];
+                        let qkv = &whole.qkv[position * stride..][..rows * stride];
+                        for pool in [&one, &three] {
+                            let found = whole.run_batch(&batch, qkv, v.run, pool);
+                            let want = &want[position * found.len() / rows..][..found.len()];
+                            assert_eq!(found, want, "{:?}, {cache_type}, {rows} from {position}", v.isa);
+                        }
+                    }
                 }
             }
+        }
+    }
+
+    /// Fast variants agree with the scalar one on what is stored; this is what that is off by.
+    #[test]
+    fn a_smaller_cache_is_off_by_little() {
+        let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
+        let run = |cache_type| {
+            let case = Case::new(params(2, 7, 64, None), 32, cache_type, &[(700, 30)], 3);
+            case.run(best(Isa::best()), &pool)
+        };
+        let exact = run(CacheType::F32);
+        // Keys and values lie within 1, so a rounding of theirs is at most half a step: 2^-12, 2^-9, 1/254, and 1/15 of a
+        // value's length of 5 for uint4. Means of many are off by much less, weights by the steps of keys times |q| of 14.
+        for (cache_type, bound) in
+            [(CacheType::F16, 0.0005), (CacheType::BF16, 0.004), (CacheType::Int8, 0.004), (CacheType::Uint4, 0.1)]
+        {
+            let worst = run(cache_type).iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst <= bound && worst > 0.0, "{cache_type}: off by {worst}");
         }
     }
 }

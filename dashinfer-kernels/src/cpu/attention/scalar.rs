@@ -1,36 +1,30 @@
-//! The definition of paged attention: softmax over the visible positions, one query at a time.
+//! The definition of paged attention: softmax over the visible positions of a range, one query at a time.
 
-use super::{Unit, Work};
+use super::cache::Side;
+use super::{Partial, Span};
 
-/// Computes the outputs of one unit.
-///
-/// # Safety
-/// The unit lies within the work, and no other thread writes its rows and heads.
-pub(super) unsafe fn unit(work: &Work<'_>, unit: &Unit, _scratch: &mut Vec<f32>) {
-    let params = work.params;
-    let d = params.head_dim;
-    for row in unit.rows.clone() {
-        for head in work.heads_of(unit.kv_head) {
-            let q = work.query(row, head);
-            let mut scores: Vec<f32> = Vec::new();
-            let visible = work.visible(unit, row);
-            for position in visible.clone() {
-                let (block, offset) = work.place(unit, position);
-                let key = |i| work.cache.key(work.layer, block, unit.kv_head, i, offset);
-                scores.push((0..d).map(|i| q[i] * params.scale * key(i)).sum());
+/// Sets `partial` to what the positions of a range give each query.
+pub(super) fn range(span: &Span<'_>, _scratch: &mut Vec<f32>, partial: &mut Partial<'_>) {
+    let Span { work, unit, start, queries } = *span;
+    let width = work.cache.width();
+    partial.clear();
+    for (query, q) in queries.chunks_exact(width).enumerate() {
+        let seen = span.seen(unit.rows.start + query / work.group());
+        let cached = |side, i, position| {
+            let (block, offset) = work.place(unit, start + position);
+            work.cache.value(work.layer, side, block, unit.kv_head, i, offset)
+        };
+        let score = |position| (0..work.params.head_dim).map(|i| q[i] * cached(Side::Keys, i, position)).sum::<f32>();
+        let mut weights: Vec<f32> = seen.clone().map(score).collect();
+        let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        weights.iter_mut().for_each(|weight| *weight = (*weight - max).exp2());
+        partial.max[query] = max;
+        partial.sum[query] = weights.iter().sum();
+        let out = &mut partial.out[query * width..][..work.params.head_dim];
+        for (weight, position) in weights.iter().zip(seen) {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out += weight * cached(Side::Values, i, position);
             }
-            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            scores.iter_mut().for_each(|s| *s = (*s - max).exp());
-            let sum: f32 = scores.iter().sum();
-            let mut out = vec![0.0; d];
-            for (score, position) in scores.iter().zip(visible) {
-                let (block, offset) = work.place(unit, position);
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out += score / sum * work.cache.value(work.layer, block, unit.kv_head, i, offset);
-                }
-            }
-            // SAFETY: the caller gives this thread these rows and heads.
-            unsafe { work.store(row, head, &out) };
         }
     }
 }

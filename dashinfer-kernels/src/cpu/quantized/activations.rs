@@ -18,6 +18,7 @@ pub(crate) enum Operand {
     /// 8 bits each, in order.
     Bytes,
     /// The high bytes of a row, then its low bytes; see [`crate::quant::activations`].
+    #[allow(dead_code, reason = "for Arm")]
     Planes,
 }
 
