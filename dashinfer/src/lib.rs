@@ -64,13 +64,13 @@
 //! # What runs
 //!
 //! Dense models of the Llama, Mistral, Qwen2 (and 2.5) and Qwen3 families, with weights in f32, f16 or bf16. On the CPU: with kernels for
-//! AVX2 where the machine has it, else with plain code that is much slower. On an NVIDIA GPU of compute capability 7.0 or newer, with
+//! x86-64 with AVX2 and for 64-bit Arm, else with plain code that is much slower. On an NVIDIA GPU of compute capability 7.0 or newer, with
 //! the feature `cuda`. There is no quantization yet.
 //!
 //! # Features
 //!
 //! `x86` and `arm`, both on by default, compile kernels for these architectures, each on its own only; instruction sets are
-//! chosen at run time. (`arm` has none yet.) Without them the plain code runs.
+//! chosen at run time. Without them the plain code runs.
 //!
 //! `cuda` computes on an NVIDIA GPU where there is one ([`Device`]). It builds anywhere: driver and libraries are opened at run time.
 

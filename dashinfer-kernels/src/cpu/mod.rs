@@ -5,8 +5,6 @@ mod aligned;
 mod amx;
 mod attention;
 mod backend;
-#[cfg_attr(not(test), expect(dead_code, reason = "until a product of quantized weights uses it"))]
-mod int_dot;
 mod isa;
 mod linear;
 mod linear_bf16;

@@ -13,6 +13,8 @@ mod scalar;
 
 use std::ops::Range;
 
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+pub(crate) use neon::prefetch;
 pub(crate) use pack::{BF16_STEP, PANEL, SendPtr, Stack, packed_bytes, place};
 pub use pack::{PackedMatrix, to_bytes};
 

@@ -180,7 +180,7 @@ unsafe fn store16(to: *mut f32, values: [float32x4_t; 4]) {
 /// Fetches the cache line at `address`, which may be any. `_prefetch` is not stable.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "one instruction")]
-fn prefetch(address: *const u8) {
+pub(crate) fn prefetch(address: *const u8) {
     // SAFETY: a hint, which reads nothing and never faults.
     unsafe { asm!("prfm pldl1keep, [{}]", in(reg) address.addr(), options(nomem, nostack, preserves_flags)) };
 }

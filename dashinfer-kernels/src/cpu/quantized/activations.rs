@@ -18,7 +18,7 @@ pub(crate) enum Operand {
     /// 8 bits each, in order.
     Bytes,
     /// The high bytes of a row, then its low bytes; see [`crate::quant::activations`].
-    #[allow(dead_code, reason = "for Arm")]
+    #[cfg_attr(not(all(feature = "arm", target_arch = "aarch64")), expect(dead_code, reason = "only Arm asks for it"))]
     Planes,
 }
 

@@ -35,6 +35,7 @@ pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<us
 struct Avx2;
 
 impl Tiles for Avx2 {
+    const LAYOUTS: [u8; 2] = [WORDS, BYTES];
     /// 6 × 2 accumulators, two vectors of codes, a broadcast and a product fill the 16 registers.
     const MAX_ROWS: usize = 6;
     /// 16 KiB of words.

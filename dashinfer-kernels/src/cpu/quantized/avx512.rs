@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocked::{self, CARRY, CODES_4, CODES_8, Tile, Tiles, WORDS, ZEROS, code_bytes};
+use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WORDS, ZEROS, code_bytes};
 use super::{Job, Operand, Output};
 use crate::Scheme;
 use crate::quant::{ActivationBits, PANEL};
@@ -31,6 +31,7 @@ pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<us
 struct Avx512Vnni;
 
 impl Tiles for Avx512Vnni {
+    const LAYOUTS: [u8; 2] = [WORDS, BYTES];
     /// Enough chains to hide the latency of two products a cycle, and room for as many sums in f32 beside them.
     const MAX_ROWS: usize = 12;
     /// 16 KiB of bytes.

@@ -32,6 +32,8 @@ pub(super) const WIDE: u8 = 2;
 pub(super) const WORDS: u8 = 0;
 /// [`Operand::Bytes`]; see [`WORDS`].
 pub(super) const BYTES: u8 = 1;
+/// [`Operand::Planes`]; see [`WORDS`].
+pub(super) const PLANES: u8 = 2;
 
 /// Weights have zero points: what a tile is compiled for.
 pub(super) const ZEROS: u8 = 1;
@@ -40,7 +42,10 @@ pub(super) const CARRY: u8 = 2;
 
 /// What an instruction set brings.
 pub(super) trait Tiles {
-    /// Rows of a register tile.
+    /// The layouts of activations that its `operand` names; tiles are compiled for no others.
+    const LAYOUTS: [u8; 2];
+
+    /// Rows of a register tile; with [`PLANES`], of which a row has two, half of them.
     const MAX_ROWS: usize;
 
     /// Input features of a part; whole groups.
@@ -73,7 +78,7 @@ pub(super) const fn code_bytes(x: u8, codes: u8, len: usize) -> usize {
     }
 }
 
-/// Up to [`Tiles::MAX_ROWS`] rows of `x` by one panel over the input features `ks`. Sums start from the bias if `ks` starts at 0, else
+/// As many rows of `x` as [`Tiles::MAX_ROWS`] allows by one panel over the input features `ks`. Sums start from the bias if `ks` starts at 0, else
 /// from where the part before ended; either way they go to `out`.
 #[derive(Clone)]
 pub(super) struct Tile<'a> {
@@ -132,19 +137,34 @@ pub(super) unsafe fn product<T: Tiles>(
     out: Output,
 ) {
     let scheme = job.weight.scheme();
-    let words = operand(scheme) == Operand::Words;
-    let zeros = scheme.has_zero_points();
+    // SAFETY: the caller's promise, passed on.
+    unsafe {
+        match operand(scheme) {
+            Operand::Words => laid_out::<T, WORDS>(job, rows, panels, out),
+            Operand::Bytes => laid_out::<T, BYTES>(job, rows, panels, out),
+            Operand::Planes => laid_out::<T, PLANES>(job, rows, panels, out),
+        }
+    }
+}
+
+/// [`product`] for one layout of activations.
+///
+/// # Safety
+/// As there.
+unsafe fn laid_out<T: Tiles, const X: u8>(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
+    // A constant condition, so that nothing is compiled for the layouts that are left out.
+    if const { T::LAYOUTS[0] != X && T::LAYOUTS[1] != X } {
+        unreachable!("an instruction set's operands are among its layouts");
+    }
+    let scheme = job.weight.scheme();
     let carry = job.weight.cut().groups() == 1 && scheme.group().is_none();
     // SAFETY: the caller's promise, passed on; the parameters are those of the job.
     unsafe {
-        match (words, scheme.weight_bits(), zeros, carry) {
-            (true, WeightBits::Eight, _, false) => typed::<T, WORDS, CODES_8, 0>(job, rows, panels, out),
-            (true, WeightBits::Eight, _, true) => typed::<T, WORDS, CODES_8, CARRY>(job, rows, panels, out),
-            (true, WeightBits::Four, false, _) => typed::<T, WORDS, CODES_4, 0>(job, rows, panels, out),
-            (true, WeightBits::Four, true, _) => typed::<T, WORDS, CODES_4, ZEROS>(job, rows, panels, out),
-            (false, WeightBits::Eight, _, _) => typed::<T, BYTES, CODES_8, CARRY>(job, rows, panels, out),
-            (false, WeightBits::Four, false, _) => typed::<T, BYTES, CODES_4, 0>(job, rows, panels, out),
-            (false, WeightBits::Four, true, _) => typed::<T, BYTES, CODES_4, ZEROS>(job, rows, panels, out),
+        match (scheme.weight_bits(), scheme.has_zero_points(), carry) {
+            (WeightBits::Eight, _, false) => typed::<T, X, CODES_8, 0>(job, rows, panels, out),
+            (WeightBits::Eight, _, true) => typed::<T, X, CODES_8, CARRY>(job, rows, panels, out),
+            (WeightBits::Four, false, _) => typed::<T, X, CODES_4, 0>(job, rows, panels, out),
+            (WeightBits::Four, true, _) => typed::<T, X, CODES_4, ZEROS>(job, rows, panels, out),
         }
     }
 }
@@ -198,7 +218,8 @@ unsafe fn tiles<T: Tiles, const X: u8, const CODES: u8, const FLAGS: u8>(
     fetch_bytes: usize,
     mut tile: Tile<'_>,
 ) {
-    let count = rows.len().div_ceil(T::MAX_ROWS);
+    let max_rows = if X == PLANES { T::MAX_ROWS / 2 } else { T::MAX_ROWS };
+    let count = rows.len().div_ceil(max_rows);
     let bytes_per_tile = tile.ks.len() * 8;
     for index in 0..count {
         let next = rows.start + rows.len() * (index + 1) / count;

@@ -9,9 +9,17 @@ mod avx2;
 mod avx2_dot;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx512;
-#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
 mod blocked;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod dotprod;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod groups;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod i8mm;
 mod matrix;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod neon;
 mod scalar;
 
 use std::ops::Range;
@@ -48,6 +56,12 @@ pub(crate) static VARIANTS: &[Variant<Product>] = &[
     Variant { isa: Isa::Avx512Vnni, run: Product { operand: avx512::operand, run: avx512::product } },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: Product { operand: avx2::operand, run: avx2::product } },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::I8mm, run: Product { operand: dotprod::operand, run: i8mm::product } },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::DotProd, run: Product { operand: dotprod::operand, run: dotprod::product } },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::Neon, run: Product { operand: neon::operand, run: neon::product } },
     Variant { isa: Isa::Scalar, run: Product { operand: |_| Operand::Words, run: scalar::product } },
 ];
 
