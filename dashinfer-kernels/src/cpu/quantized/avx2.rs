@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::avx2_dot::{Sums, bytes, words};
-use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WIDE, WORDS, ZEROS, code_bytes};
+use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WIDE, WORDS, ZEROS, ahead_bytes, code_bytes};
 use super::{Job, Operand, Output};
 use crate::Scheme;
 use crate::quant::{ActivationBits, PANEL, WeightBits};
@@ -140,7 +140,7 @@ unsafe fn tile_of<const X: u8, const CODES: u8, const FLAGS: u8, const ROWS: usi
         // SAFETY: the codes of a group from `k` on exist, in the weights and in `ROWS` rows of `x`.
         let dots = unsafe {
             let weights = tile.weights.add(code_bytes(X, CODES, k - ks.start));
-            let ahead = tile.ahead.wrapping_add((k - ks.start) * 8);
+            let ahead = tile.ahead.wrapping_add(ahead_bytes(CODES, k - ks.start));
             dots::<X, CODES, ROWS>(weights, codes.add(k * size), stride, group, ahead)
         };
         let weight_scales = weight.scales(tile.panel, index);
@@ -210,7 +210,7 @@ unsafe fn dots<const X: u8, const CODES: u8, const ROWS: usize>(
             (_, WIDE) => {
                 let (ones, mut short) = (_mm256_set1_epi16(1), Sums([[_mm256_setzero_si256(); 2]; 6]));
                 for k in (0..len).step_by(32) {
-                    let ahead = ahead.wrapping_add(k * 8);
+                    let ahead = ahead.wrapping_add(ahead_bytes(CODES, k));
                     bytes::<ROWS>(weights.add(code_bytes(X, CODES, k)), x.add(k), stride, 1, ahead, &mut short);
                     widen_sums::<ROWS>(&mut sums, &short, ones);
                 }

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WORDS, ZEROS, code_bytes};
+use super::blocked::{self, BYTES, CARRY, CODES_4, CODES_8, Tile, Tiles, WORDS, ZEROS, ahead_bytes, code_bytes};
 use super::{Job, Operand, Output};
 use crate::Scheme;
 use crate::quant::{ActivationBits, PANEL};
@@ -131,7 +131,7 @@ unsafe fn tile_of<const X: u8, const CODES: u8, const FLAGS: u8, const ROWS: usi
             }
         }
         let weights = tile.weights.wrapping_add(code_bytes(X, CODES, k - ks.start));
-        let ahead = tile.ahead.wrapping_add((k - ks.start) * 8);
+        let ahead = tile.ahead.wrapping_add(ahead_bytes(CODES, k - ks.start));
         let codes = codes.wrapping_add(k * size);
         for k in (0..group).step_by(8) {
             _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(code_bytes(X, CODES, k)).cast());

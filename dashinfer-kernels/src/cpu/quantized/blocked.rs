@@ -78,6 +78,11 @@ pub(super) const fn code_bytes(x: u8, codes: u8, len: usize) -> usize {
     }
 }
 
+/// Bytes to be fetched ahead beside `len` input features: as many as stream in, or what [`Tile::ahead`] says.
+pub(super) const fn ahead_bytes(codes: u8, len: usize) -> usize {
+    if codes == CODES_8 { len * 16 } else { len * 8 }
+}
+
 /// As many rows of `x` as [`Tiles::MAX_ROWS`] allows by one panel over the input features `ks`. Sums start from the bias if `ks` starts at 0, else
 /// from where the part before ended; either way they go to `out`.
 #[derive(Clone)]

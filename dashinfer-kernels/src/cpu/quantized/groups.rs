@@ -2,7 +2,7 @@
 
 use std::arch::aarch64::*;
 
-use super::blocked::{CARRY, CODES_8, PLANES, Tile, WORDS, ZEROS, code_bytes};
+use super::blocked::{CARRY, CODES_8, PLANES, Tile, WORDS, ZEROS, ahead_bytes, code_bytes};
 use crate::cpu::linear::prefetch;
 use crate::quant::PANEL;
 
@@ -48,11 +48,6 @@ impl Group {
             prefetch(ahead.wrapping_add(64));
         }
     }
-}
-
-/// Bytes to be fetched ahead beside `len` input features: as many as stream in, or what [`Tile::ahead`] says.
-const fn ahead_bytes(codes: u8, len: usize) -> usize {
-    if codes == CODES_8 { len * 16 } else { len * 8 }
 }
 
 /// The groups of a tile; all of it, if one spans the row.
