@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::pin::pin;
 
-use dashinfer::{ChatOptions, Engine, Error, FinishReason, Message, Request, RequestError};
+use dashinfer::{ChatOptions, Engine, Error, FinishReason, Message, Quantization, Request, RequestError};
 use examples::{Args, BUNDLED_MODEL, Failure, History};
 use futures::StreamExt;
 use tokio::signal::ctrl_c;
@@ -19,13 +19,14 @@ use tokio::sync::mpsc;
 const USAGE: &str = "\
 A conversation. Ctrl-C ends an answer; at the prompt it ends the program, as the end of the input does.
 
-chat [--model FOLDER] [--system TEXT] [--max-tokens N] [--temperature T] [--threads N]
+chat [--model FOLDER] [--system TEXT] [--max-tokens N] [--temperature T] [--quantize Q] [--threads N]
 
   --model FOLDER   a Hugging Face checkpoint with a chat template (default: the bundled model,
                    which knows one question: Explain error E0382.)
   --system TEXT    what the model is told about its task
   --max-tokens N   tokens of an answer at most (default: 400)
   --temperature T  0 is greedy (default: the checkpoint's)
+  --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
   --threads N      threads that compute (default: one for each core)";
 
 #[tokio::main]
@@ -35,10 +36,11 @@ async fn main() -> Result<(), Failure> {
     let mut history = History::new(args.option("--system")?);
     let max_tokens: usize = args.option("--max-tokens")?.unwrap_or(400);
     let temperature = args.option("--temperature")?;
+    let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
     let threads = args.option::<NonZeroUsize>("--threads")?;
     args.end()?;
 
-    let mut load = Engine::load(model);
+    let mut load = Engine::load(model).quantize(quantization);
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }

@@ -8,20 +8,21 @@ use std::io::{IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use dashinfer::{Engine, Request, Usage};
+use dashinfer::{Engine, Quantization, Request, Usage};
 use examples::{Args, BUNDLED_MODEL, Bytes, Failure};
 use futures::{StreamExt, stream};
 
 const USAGE: &str = "\
 Serves some hundred requests at once, and says how that went.
 
-many [--requests N] [--max-tokens N] [--model FOLDER] [--memory-limit BYTES] [--threads N]
+many [--requests N] [--max-tokens N] [--model FOLDER] [--memory-limit BYTES] [--quantize Q] [--threads N]
 
   --requests N          how many (default: 300)
   --max-tokens N        tokens that each of them generates at most (default: 64)
   --model FOLDER        a Hugging Face checkpoint (default: the bundled model)
   --memory-limit BYTES  for weights, activations and KV cache together; K, M and G are understood.
                         A small one makes sequences give their blocks back and start again (preemptions)
+  --quantize Q          none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
   --threads N           threads that compute (default: one for each core)";
 
 /// All prompts begin with this: it is computed once, and then found in the prefix cache.
@@ -55,10 +56,11 @@ async fn main() -> Result<(), Failure> {
     let max_tokens = args.option("--max-tokens")?.unwrap_or(64);
     let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
     let memory_limit = args.option("--memory-limit")?;
+    let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
     let threads = args.option::<NonZeroUsize>("--threads")?;
     args.end()?;
 
-    let mut load = Engine::load(model);
+    let mut load = Engine::load(model).quantize(quantization);
     if let Some(Bytes(limit)) = memory_limit {
         load = load.memory_limit(limit);
     }

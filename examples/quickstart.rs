@@ -7,18 +7,19 @@
 use std::io::Write;
 use std::num::NonZeroUsize;
 
-use dashinfer::{Device, Engine, Request};
+use dashinfer::{Device, Engine, Quantization, Request};
 use examples::{Args, BUNDLED_MODEL, Failure};
 use futures::StreamExt;
 
 const USAGE: &str = "\
 Goes on from a prompt, and shows the text as it is generated.
 
-quickstart [PROMPT] [--model FOLDER] [--device D] [--max-tokens N] [--threads N]
+quickstart [PROMPT] [--model FOLDER] [--device D] [--max-tokens N] [--quantize Q] [--threads N]
 
   --model FOLDER   a Hugging Face checkpoint (default: the bundled model)
   --device D       auto, cpu, cuda or cuda:N (default: a GPU if there is one and the feature `cuda`)
   --max-tokens N   stop after so many (default: 180)
+  --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
   --threads N      threads that compute (default: one for each core)";
 
 const PROMPT: &str = "Concurrency in Rust means that";
@@ -29,10 +30,11 @@ async fn main() -> Result<(), Failure> {
     let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
     let max_tokens = args.option("--max-tokens")?.unwrap_or(180);
     let device = args.option::<Device>("--device")?.unwrap_or_default();
+    let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
     let threads = args.option::<NonZeroUsize>("--threads")?;
     let prompt = args.text()?.unwrap_or_else(|| PROMPT.to_owned());
 
-    let mut load = Engine::load(model).device(device);
+    let mut load = Engine::load(model).device(device).quantize(quantization);
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }

@@ -8,14 +8,14 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use dashinfer::{ComputeType, Device, Engine};
+use dashinfer::{ComputeType, Device, Engine, Quantization};
 use examples::score::{GREEDY_TOKENS, read_prompts, score, write};
 use examples::{Args, Failure};
 
 const USAGE: &str = "\
 Scores token sequences: logits of every position and a greedy continuation of each.
 
-score MODEL_DIR IN.safetensors OUT.safetensors [--device D] [--compute TYPE] [--quantize none] [--threads N]
+score MODEL_DIR IN.safetensors OUT.safetensors [--device D] [--compute TYPE] [--quantize Q] [--threads N]
 
 For each tensor `prompt_i_ids` (int64, [T]) of IN, OUT gets
   prompt_i_logits      float32, [T, V]: the logits of every position
@@ -25,7 +25,7 @@ Other tensors of IN are ignored, so the expected outputs of a golden can be its 
 
   --device D       auto, cpu, cuda or cuda:N (default: auto)
   --compute TYPE   auto, f32, f16 or bf16: the type of activations (default: auto)
-  --quantize Q     none: weights are used as they are stored
+  --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
   --threads N      threads that compute (default: one for each core)";
 
 #[tokio::main]
@@ -33,10 +33,7 @@ async fn main() -> Result<(), Failure> {
     let mut args = Args::from_env(USAGE);
     let device = args.option::<Device>("--device")?.unwrap_or_default();
     let compute = args.option::<ComputeType>("--compute")?.unwrap_or_default();
-    match args.option::<String>("--quantize")?.as_deref() {
-        None | Some("none") => {}
-        Some(other) => return Err(format!("unsupported: quantization `{other}` (supported: none)").into()),
-    }
+    let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
     let threads = args.option::<NonZeroUsize>("--threads")?;
     let model = PathBuf::from(args.word("MODEL_DIR")?);
     let input = PathBuf::from(args.word("IN.safetensors")?);
@@ -48,7 +45,8 @@ async fn main() -> Result<(), Failure> {
 
     // The cache must hold one sequence of the whole context: no more of that than is needed.
     let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
-    let mut load = Engine::load(model).device(device).compute(compute).max_context(longest + GREEDY_TOKENS);
+    let mut load = Engine::load(model).device(device).compute(compute).quantize(quantization);
+    load = load.max_context(longest + GREEDY_TOKENS);
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }

@@ -25,5 +25,5 @@ pub use backend::{
 pub use cache_type::CacheType;
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
-pub use quant::{Group, Scheme};
+pub use quant::{Group, Scheme, UnknownScheme};
 pub use sample::{SampleParams, SampleRow, SampleScratch, Sampled, sample_row};

@@ -1,6 +1,8 @@
 //! Which weights are quantized while they are loaded.
 
-use dashinfer_kernels::{Group, Scheme};
+use std::str::FromStr;
+
+use dashinfer_kernels::{Group, Scheme, UnknownScheme};
 
 use crate::weights::Role;
 
@@ -53,8 +55,35 @@ impl Quantization {
     }
 }
 
+/// `none`, or the name of a [`Scheme`].
+impl FromStr for Quantization {
+    type Err = UnknownScheme;
+
+    fn from_str(text: &str) -> Result<Self, UnknownScheme> {
+        if text == "none" { Ok(Self::NONE) } else { text.parse().map(Self::new) }
+    }
+}
+
 impl From<Scheme> for Quantization {
     fn from(scheme: Scheme) -> Self {
         Self::new(scheme)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vocabularies_have_eight_bits_unless_asked_for() {
+        let of = |text: &str| text.parse::<Quantization>().unwrap();
+        let group = Some(Group::G32);
+        assert_eq!(of("none"), Quantization::NONE);
+        assert_eq!(of("a8w8").vocabulary_scheme(), Some(Scheme::A8W8));
+        let int4 = of("a16w4-g128-zp");
+        assert_eq!(int4.layers_scheme(), Some(Scheme::A16W4 { group: Group::G128, zero_point: true }));
+        assert_eq!(int4.vocabulary_scheme(), Some(Scheme::A16W8 { group }));
+        assert_eq!(int4.vocabulary(None).vocabulary_scheme(), None);
+        assert!("int4".parse::<Quantization>().is_err());
     }
 }

@@ -64,8 +64,8 @@
 //! # What runs
 //!
 //! Dense models of the Llama, Mistral, Qwen2 (and 2.5) and Qwen3 families, with weights in f32, f16 or bf16. On the CPU: with kernels for
-//! x86-64 with AVX2 and for 64-bit Arm, else with plain code that is much slower. On an NVIDIA GPU of compute capability 7.0 or newer, with
-//! the feature `cuda`. There is no quantization yet.
+//! x86-64 with AVX2, AVX-512 and AMX and for 64-bit Arm, else with plain code that is much slower; weights can be quantized to 8 and 4
+//! bits while they are loaded ([`Load::quantize`]). On an NVIDIA GPU of compute capability 7.0 or newer, with the feature `cuda`.
 //!
 //! # Features
 //!
@@ -82,7 +82,7 @@ mod scheduler;
 mod text;
 
 pub use dashinfer_kernels::cpu::Isa;
-pub use dashinfer_kernels::{Group, Scheme};
+pub use dashinfer_kernels::{Group, Scheme, UnknownScheme};
 pub use dashinfer_models::Quantization;
 pub use engine::{
     Blocking, BlockingTokens, ComputeType, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load,

@@ -15,7 +15,7 @@ mod scheme;
 use half::f16;
 
 pub(crate) use scheme::{ActivationBits, WeightBits};
-pub use scheme::{Group, Scheme};
+pub use scheme::{Group, Scheme, UnknownScheme};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;
