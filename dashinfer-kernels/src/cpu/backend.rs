@@ -370,9 +370,12 @@ impl Backend for CpuBackend {
             let (wanted, found) = (id as usize + 1, table.rows());
             return Err(KernelError::Shape { op: "embed", what: "rows of the table", wanted, found });
         }
-        for (out, &id) in out.values_mut().chunks_exact_mut(table.cols().max(1)).zip(ids) {
-            table.read_row(id as usize, out);
-        }
+        let (cols, to) = (table.cols(), SendPtr(out.data.as_mut_ptr()));
+        Self::for_rows(&self.pool, ids.len(), cols, &|row| {
+            // SAFETY: `out` has a row for each id, and each is written by one task.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols), cols) };
+            table.read_row(ids[row] as usize, out);
+        });
         Ok(())
     }
 

@@ -81,11 +81,16 @@ pub(crate) fn scale(x: &[f32], max: f32) -> (f32, f32) {
         largest[i] = largest[i].max(x.abs());
         poison[i] += x * 0.0;
     }
-    let largest = largest.into_iter().fold(0.0, f32::max);
+    scale_of(largest.into_iter().fold(0.0, f32::max), poison.into_iter().sum(), max)
+}
+
+/// [`scale`] of values of which `largest` is the largest in size; `poison` is 0, or not a number if one of them is none.
+#[inline(always)]
+pub(crate) fn scale_of(largest: f32, poison: f32, max: f32) -> (f32, f32) {
     let inverse = max / largest;
     // Of zeros, and of numbers so small that they are nothing beside all others.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    (largest / max + poison.into_iter().sum::<f32>(), inverse)
+    (largest / max + poison, inverse)
 }
 
 #[cfg(test)]

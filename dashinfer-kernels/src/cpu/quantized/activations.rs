@@ -18,7 +18,6 @@ pub(crate) enum Operand {
     /// 8 bits each, in order.
     Bytes,
     /// The high bytes of a row, then its low bytes; see [`crate::quant::activations`].
-    #[cfg_attr(not(all(feature = "arm", target_arch = "aarch64")), expect(dead_code, reason = "only Arm asks for it"))]
     Planes,
 }
 
@@ -136,11 +135,11 @@ impl Activations {
 const WORD_PLACES: [usize; 4] = [0, 2, 1, 3];
 
 /// A row to be rounded.
-struct Row<'a> {
+pub(super) struct Row<'a> {
     x: &'a [f32],
     scheme: Scheme,
-    cut: Cut,
-    operand: Operand,
+    pub(super) cut: Cut,
+    pub(super) operand: Operand,
 }
 
 /// `(row, codes, scales, corrections)`.
@@ -149,77 +148,97 @@ type Rounder = unsafe fn(&Row<'_>, &mut [u8], &mut [f32], &mut [i32]);
 fn best_rounder() -> Rounder {
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     if super::super::isa::Isa::Avx2.is_available() {
-        return round_avx2;
+        return super::round_avx2::row;
     }
     round_plain
 }
 
-/// [`round_row`], compiled for AVX2: the same operations on more values at a time.
-///
-/// # Safety
-/// The machine has AVX2.
-#[cfg(all(feature = "x86", target_arch = "x86_64"))]
-#[target_feature(enable = "avx2")]
-unsafe fn round_avx2(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
-    round_row(row, codes, scales, corrections);
-}
-
-/// [`round_row`], for every machine.
+/// The definition.
 ///
 /// # Safety
 /// None is needed.
 unsafe fn round_plain(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
-    round_row(row, codes, scales, corrections);
+    for (group, (scale, correction)) in scales.iter_mut().zip(corrections).enumerate() {
+        (*scale, *correction) = row.round_group(group, codes);
+    }
 }
 
-#[inline(always)]
-fn round_row(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
-    let &Row { x, scheme, cut, operand } = row;
-    let max = match scheme.activation_bits() {
-        ActivationBits::Eight => MAX_8,
-        ActivationBits::Sixteen => MAX_16,
-    };
-    let zero = if scheme.has_zero_points() { 1 } else { i32::from(symmetric_zero(scheme)) };
-    // Groups of rows that have none are long; codes go through a buffer in stretches.
-    let mut buffer = [0i32; 128];
-    for (group, (scale, correction)) in scales.iter_mut().zip(corrections).enumerate() {
-        let first = group * cut.group;
-        let x = &x[first.min(x.len())..x.len().min(first + cut.group)];
-        let (range, inverse) = rounding::scale(x, max);
+impl Row<'_> {
+    /// The largest code.
+    pub(super) fn max(&self) -> f32 {
+        match self.scheme.activation_bits() {
+            ActivationBits::Eight => MAX_8,
+            ActivationBits::Sixteen => MAX_16,
+        }
+    }
+
+    /// The values of a group; fewer than its size where the row is padded.
+    pub(super) fn group(&self, group: usize) -> &[f32] {
+        let first = group * self.cut.group;
+        &self.x[first.min(self.x.len())..self.x.len().min(first + self.cut.group)]
+    }
+
+    /// What makes up for the zero points, of the sum of a group's codes.
+    pub(super) fn correction(&self, sum: i32) -> i32 {
+        let zero = if self.scheme.has_zero_points() { 1 } else { i32::from(symmetric_zero(self.scheme)) };
+        sum.wrapping_mul(zero).wrapping_neg()
+    }
+
+    /// Writes the codes of a group among those of the row; its scale and correction.
+    pub(super) fn round_group(&self, group: usize, codes: &mut [u8]) -> (f32, i32) {
+        let Self { cut, operand, .. } = *self;
+        let x = self.group(group);
+        let (scale, inverse) = rounding::scale(x, self.max());
         let mut sum = 0i32;
-        for at in (0..cut.group).step_by(buffer.len()) {
-            let len = buffer.len().min(cut.group - at);
-            let stretch = &x[at.min(x.len())..x.len().min(at + len)];
-            let buffer = &mut buffer[..len];
-            for (code, x) in buffer.iter_mut().zip(stretch) {
-                *code = nearest(x * inverse);
-            }
-            buffer[stretch.len()..].fill(0);
-            sum = buffer.iter().fold(sum, |sum, code| sum.wrapping_add(*code));
-            let first = first + at;
-            match operand {
-                Operand::Words => {
-                    let to = codes[2 * first..][..2 * len].as_chunks_mut::<8>().0;
-                    for (to, quad) in to.iter_mut().zip(buffer.as_chunks::<4>().0) {
-                        let [a, b, c, d] = quad.map(|code| u64::from(code as u16));
-                        *to = (a | c << 16 | b << 32 | d << 48).to_le_bytes();
+        for quad in 0..cut.group / 4 {
+            let quad_codes: [i32; 4] = std::array::from_fn(|i| x.get(quad * 4 + i).map_or(0, |x| nearest(x * inverse)));
+            sum = quad_codes.iter().fold(sum, |sum, code| sum.wrapping_add(*code));
+            let first = group * cut.group + quad * 4;
+            for (i, code) in quad_codes.into_iter().enumerate() {
+                match operand {
+                    Operand::Words => {
+                        codes[2 * (first + WORD_PLACES[i])..][..2].copy_from_slice(&(code as i16).to_le_bytes());
                     }
-                }
-                Operand::Bytes => {
-                    for (to, code) in codes[first..][..len].iter_mut().zip(&*buffer) {
-                        *to = *code as u8;
-                    }
-                }
-                Operand::Planes => {
-                    let (high, low) = codes.split_at_mut(cut.padded);
-                    for ((high, low), code) in high[first..].iter_mut().zip(&mut low[first..]).zip(&*buffer) {
-                        *low = *code as u8;
-                        *high = ((*code - i32::from(*code as i8)) >> 8) as u8;
+                    Operand::Bytes => codes[first + i] = code as u8,
+                    Operand::Planes => {
+                        codes[first + i] = ((code - i32::from(code as i8)) >> 8) as u8;
+                        codes[cut.padded + first + i] = code as u8;
                     }
                 }
             }
         }
-        *scale = range;
-        *correction = sum.wrapping_mul(zero).wrapping_neg();
+        (scale, self.correction(sum))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::random::noise;
+
+    proptest! {
+        #[test]
+        fn every_way_to_round_gives_the_same_codes(
+            cols in 1usize..700, scheme in 0..Scheme::ALL.len(), which in 0usize..3, exponent in -30i32..30, seed: u64,
+        ) {
+            let scheme = Scheme::ALL[scheme];
+            let operand = match scheme.activation_bits() {
+                ActivationBits::Sixteen => [Operand::Words, Operand::Planes, Operand::Words][which],
+                ActivationBits::Eight => [Operand::Words, Operand::Planes, Operand::Bytes][which],
+            };
+            let x: Vec<f32> = noise(cols, seed).iter().map(|x| x * 2f32.powi(exponent)).collect();
+            let cut = Cut::new(scheme, cols);
+            let row = Row { x: &x, scheme, cut, operand };
+            let round = |round: Rounder| {
+                let mut codes = vec![0xaa; cut.padded * operand.size()];
+                let (mut scales, mut corrections) = (vec![0.0; cut.groups()], vec![0; cut.groups()]);
+                // SAFETY: the variant is one for this machine.
+                unsafe { round(&row, &mut codes, &mut scales, &mut corrections) };
+                (codes, scales, corrections)
+            };
+            prop_assert_eq!(round(best_rounder()), round(round_plain));
+        }
     }
 }

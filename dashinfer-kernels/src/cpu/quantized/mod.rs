@@ -20,6 +20,8 @@ mod i8mm;
 mod matrix;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod neon;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod round_avx2;
 mod scalar;
 
 use std::ops::Range;
