@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 const USAGE: &str = "\
 A conversation. Ctrl-C ends an answer; at the prompt it ends the program, as the end of the input does.
 
-chat [--model FOLDER] [--system TEXT] [--max-tokens N] [--temperature T] [--quantize Q] [--threads N]
+chat [--model FOLDER] [--system TEXT] [--max-tokens N] [--temperature T] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
   --model FOLDER   a Hugging Face checkpoint with a chat template (default: the bundled model,
                    which knows one question: Explain error E0382.)
@@ -27,6 +27,8 @@ chat [--model FOLDER] [--system TEXT] [--max-tokens N] [--temperature T] [--quan
   --max-tokens N   tokens of an answer at most (default: 400)
   --temperature T  0 is greedy (default: the checkpoint's)
   --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
+  --weight-cache FOLDER
+                   keeps packed weights there, and finds them again; CPU only (default: none)
   --threads N      threads that compute (default: one for each core)";
 
 #[tokio::main]
@@ -37,10 +39,14 @@ async fn main() -> Result<(), Failure> {
     let max_tokens: usize = args.option("--max-tokens")?.unwrap_or(400);
     let temperature = args.option("--temperature")?;
     let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
+    let weight_cache = args.path("--weight-cache")?;
     let threads = args.option::<NonZeroUsize>("--threads")?;
     args.end()?;
 
     let mut load = Engine::load(model).quantize(quantization);
+    if let Some(folder) = weight_cache {
+        load = load.weight_cache(folder);
+    }
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }

@@ -15,7 +15,7 @@ use futures::{StreamExt, stream};
 const USAGE: &str = "\
 Serves some hundred requests at once, and says how that went.
 
-many [--requests N] [--max-tokens N] [--model FOLDER] [--memory-limit BYTES] [--quantize Q] [--threads N]
+many [--requests N] [--max-tokens N] [--model FOLDER] [--memory-limit BYTES] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
   --requests N          how many (default: 300)
   --max-tokens N        tokens that each of them generates at most (default: 64)
@@ -23,6 +23,8 @@ many [--requests N] [--max-tokens N] [--model FOLDER] [--memory-limit BYTES] [--
   --memory-limit BYTES  for weights, activations and KV cache together; K, M and G are understood.
                         A small one makes sequences give their blocks back and start again (preemptions)
   --quantize Q          none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
+  --weight-cache FOLDER
+                        keeps packed weights there, and finds them again; CPU only (default: none)
   --threads N           threads that compute (default: one for each core)";
 
 /// All prompts begin with this: it is computed once, and then found in the prefix cache.
@@ -57,12 +59,16 @@ async fn main() -> Result<(), Failure> {
     let model = args.path("--model")?.unwrap_or_else(|| BUNDLED_MODEL.into());
     let memory_limit = args.option("--memory-limit")?;
     let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
+    let weight_cache = args.path("--weight-cache")?;
     let threads = args.option::<NonZeroUsize>("--threads")?;
     args.end()?;
 
     let mut load = Engine::load(model).quantize(quantization);
     if let Some(Bytes(limit)) = memory_limit {
         load = load.memory_limit(limit);
+    }
+    if let Some(folder) = weight_cache {
+        load = load.weight_cache(folder);
     }
     if let Some(threads) = threads {
         load = load.threads(threads.get());

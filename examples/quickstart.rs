@@ -14,12 +14,14 @@ use futures::StreamExt;
 const USAGE: &str = "\
 Goes on from a prompt, and shows the text as it is generated.
 
-quickstart [PROMPT] [--model FOLDER] [--device D] [--max-tokens N] [--quantize Q] [--threads N]
+quickstart [PROMPT] [--model FOLDER] [--device D] [--max-tokens N] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
   --model FOLDER   a Hugging Face checkpoint (default: the bundled model)
   --device D       auto, cpu, cuda or cuda:N (default: a GPU if there is one and the feature `cuda`)
   --max-tokens N   stop after so many (default: 180)
   --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
+  --weight-cache FOLDER
+                   keeps packed weights there, and finds them again; CPU only (default: none)
   --threads N      threads that compute (default: one for each core)";
 
 const PROMPT: &str = "Concurrency in Rust means that";
@@ -31,10 +33,14 @@ async fn main() -> Result<(), Failure> {
     let max_tokens = args.option("--max-tokens")?.unwrap_or(180);
     let device = args.option::<Device>("--device")?.unwrap_or_default();
     let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
+    let weight_cache = args.path("--weight-cache")?;
     let threads = args.option::<NonZeroUsize>("--threads")?;
     let prompt = args.text()?.unwrap_or_else(|| PROMPT.to_owned());
 
     let mut load = Engine::load(model).device(device).quantize(quantization);
+    if let Some(folder) = weight_cache {
+        load = load.weight_cache(folder);
+    }
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }

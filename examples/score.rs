@@ -15,7 +15,7 @@ use examples::{Args, Failure};
 const USAGE: &str = "\
 Scores token sequences: logits of every position and a greedy continuation of each.
 
-score MODEL_DIR IN.safetensors OUT.safetensors [--device D] [--compute TYPE] [--quantize Q] [--threads N]
+score MODEL_DIR IN.safetensors OUT.safetensors [--device D] [--compute TYPE] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
 For each tensor `prompt_i_ids` (int64, [T]) of IN, OUT gets
   prompt_i_logits      float32, [T, V]: the logits of every position
@@ -26,6 +26,8 @@ Other tensors of IN are ignored, so the expected outputs of a golden can be its 
   --device D       auto, cpu, cuda or cuda:N (default: auto)
   --compute TYPE   auto, f32, f16 or bf16: the type of activations (default: auto)
   --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only
+  --weight-cache FOLDER
+                   keeps packed weights there, and finds them again; CPU only (default: none)
   --threads N      threads that compute (default: one for each core)";
 
 #[tokio::main]
@@ -34,6 +36,7 @@ async fn main() -> Result<(), Failure> {
     let device = args.option::<Device>("--device")?.unwrap_or_default();
     let compute = args.option::<ComputeType>("--compute")?.unwrap_or_default();
     let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
+    let weight_cache = args.path("--weight-cache")?;
     let threads = args.option::<NonZeroUsize>("--threads")?;
     let model = PathBuf::from(args.word("MODEL_DIR")?);
     let input = PathBuf::from(args.word("IN.safetensors")?);
@@ -47,6 +50,9 @@ async fn main() -> Result<(), Failure> {
     let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
     let mut load = Engine::load(model).device(device).compute(compute).quantize(quantization);
     load = load.max_context(longest + GREEDY_TOKENS);
+    if let Some(folder) = weight_cache {
+        load = load.weight_cache(folder);
+    }
     if let Some(threads) = threads {
         load = load.threads(threads.get());
     }

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use crate::error::check;
-use crate::{CacheType, DType, KernelError, SampleRow, Sampled, Scheme};
+use crate::{CacheType, DType, KernelError, SampleRow, Sampled, Scheme, SharedBytes};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +20,21 @@ pub struct MatrixView<'a> {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
+}
+
+/// All that decides what the buffers of a packed matrix are, beside the layout of its backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedShape {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// The type of the weights that were packed.
+    pub dtype: DType,
+    /// How they were quantized on the way.
+    pub scheme: Option<Scheme>,
+    /// Whether there is a bias.
+    pub bias: bool,
 }
 
 /// One sequence's share of a step: `num_rows` consecutive rows of the batch, the last of them at position
@@ -234,6 +249,35 @@ pub trait Backend: Send + 'static {
 
     /// Bytes of device memory that a packed `[rows, cols]` matrix takes, of `dtype` or quantized.
     fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize;
+
+    /// The name of the layout of packed matrices, its version in it, if they can be stored and had again: under one name, the
+    /// same weights make the same bytes on every machine. `None`: they cannot.
+    fn layout(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The buffers of a packed matrix, in the order that [`import`](Self::import) takes them; none without a
+    /// [`layout`](Self::layout).
+    fn export<'a>(&self, _matrix: &'a Self::Linear) -> Vec<&'a [u8]> {
+        Vec::new()
+    }
+
+    /// The matrix whose buffers these are, used where they stand if the device can: what [`pack`](Self::pack) once gave, in this
+    /// process or another. Each starts on a cache line (64 bytes).
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if they are not as many, or not as long, as those of a matrix of `shape`;
+    /// [`KernelError::Unsupported`] without a [`layout`](Self::layout).
+    fn import(&self, _shape: &PackedShape, _buffers: &[SharedBytes]) -> Result<Self::Linear, KernelError> {
+        let what = "taking packed weights from a file".to_owned();
+        Err(KernelError::Unsupported { op: "import", what, backend: self.name() })
+    }
+
+    /// Calls `task(i)` once for each `i` in `0..num_tasks`, in no order, on the threads of the host that this backend has: for work
+    /// on weights while nothing is computed.
+    fn for_each(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..num_tasks).for_each(task);
+    }
 
     /// An empty cache.
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<Self::KvCache, KernelError>;

@@ -17,13 +17,15 @@ mod quant;
 #[cfg(test)]
 mod random;
 mod sample;
+mod shared;
 
 pub use backend::{
-    AttentionParams, Backend, CarriedId, Issue, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
-    SequenceRows, StepRows, TensorUse,
+    AttentionParams, Backend, CarriedId, Issue, KvCacheSpec, MatrixView, PackedShape, PagedBatch, QkNorm, Rope,
+    RopePairs, SequenceRows, StepRows, TensorUse,
 };
 pub use cache_type::CacheType;
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
 pub use quant::{Group, Scheme, UnknownScheme};
 pub use sample::{SampleParams, SampleRow, SampleScratch, Sampled, sample_row};
+pub use shared::SharedBytes;

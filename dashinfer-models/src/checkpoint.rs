@@ -124,6 +124,10 @@ impl WeightSource for Checkpoint {
         self.tensors.get(name).map(|(number, stored)| Cow::Borrowed(self.files[*number].bytes(stored)))
     }
 
+    fn identity(&self) -> Option<String> {
+        self.files.iter().map(SafetensorsFile::identity).collect()
+    }
+
     fn release(&mut self, name: &str) {
         if let Some((number, stored)) = self.tensors.get(name) {
             self.files[*number].release(&stored.bytes);
@@ -172,6 +176,27 @@ mod tests {
         assert!(checkpoint.read("a").unwrap()[..] == values);
         checkpoint.release("a");
         assert!(checkpoint.read("a").unwrap()[..] == values);
+    }
+
+    #[test]
+    fn the_identity_is_that_of_the_files() {
+        use std::time::{Duration, UNIX_EPOCH};
+
+        let folder = TestFolder::new();
+        let file = file_of(&[("a", "U8", &[4096], &[7; 4096])]);
+        let at = |folder: &TestFolder, bytes: &[u8], seconds| {
+            let path = folder.write("model.safetensors", bytes);
+            let file = fs::File::options().write(true).open(path).unwrap();
+            file.set_modified(UNIX_EPOCH + Duration::from_secs(seconds)).unwrap();
+            Checkpoint::open(folder.path()).unwrap().identity().unwrap()
+        };
+        let first = at(&folder, &file, 1000);
+        assert!(first.starts_with("\"model.safetensors\", "), "{first}");
+        assert_eq!(at(&TestFolder::new(), &file, 1000), first, "the folder may be moved");
+        assert_ne!(at(&folder, &file, 1001), first);
+        assert_ne!(at(&folder, &file_of(&[("b", "U8", &[4096], &[7; 4096])]), 1000), first);
+        // Copied over with its time kept: what is sampled tells.
+        assert_ne!(at(&folder, &file_of(&[("a", "U8", &[4096], &[8; 4096])]), 1000), first);
     }
 
     #[test]

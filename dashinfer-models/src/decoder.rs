@@ -9,7 +9,8 @@
 use dashinfer_kernels::{Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
 
 use crate::{
-    ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits, WeightSource,
+    ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits, WeightCache,
+    WeightSource, WeightsFrom,
     activations::Activations,
     loader,
     weights::{LayerWeights, Weights},
@@ -27,6 +28,7 @@ pub struct Decoder<B: Backend> {
     activations: Activations<B::Tensor>,
     limits: StepLimits,
     num_logit_rows: usize,
+    weights_from: WeightsFrom,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -43,16 +45,40 @@ impl<B: Backend> Decoder<B> {
         quantization: Quantization,
         on_progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
+        Self::load_with_cache(backend, spec, source, limits, quantization, None, on_progress)
+    }
+
+    /// [`load`](Self::load), from `cache` if an earlier load of the same weights, quantized in the same way, has left them there,
+    /// else into it for later ones. [`weights_from`](Self::weights_from) says what came of it. On a backend without a
+    /// [`layout`](Backend::layout), or of a source without an [`identity`](WeightSource::identity), it has no effect.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load), and [`LoadError::WeightCache`] if there is nothing to be had from the cache and its folder
+    /// cannot be written. A file in it that cannot be used is no error, and nor is a disk that fills up.
+    pub fn load_with_cache(
+        backend: B,
+        spec: ModelSpec,
+        source: &mut dyn WeightSource,
+        limits: StepLimits,
+        quantization: Quantization,
+        cache: Option<&WeightCache>,
+        on_progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, LoadError> {
         spec.check()?;
-        let weights = loader::load(&backend, &spec, source, quantization, on_progress)?;
+        let (weights, weights_from) = loader::load(&backend, &spec, source, quantization, cache, on_progress)?;
         let activations = Activations::new(&backend, &spec, limits)?;
         let ropes = spec.ropes.iter().map(|rope| rope.rope()).collect();
-        Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0 })
+        Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0, weights_from })
     }
 
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// Where the weights came from.
+    pub fn weights_from(&self) -> &WeightsFrom {
+        &self.weights_from
     }
 
     /// The largest step there is room for.

@@ -222,6 +222,15 @@ pub enum LoadError {
     /// The device cannot take them.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A cache was asked for, and packed weights cannot be stored in its folder. Found before anything is packed.
+    #[error("cannot write to the weight cache {}", path.display())]
+    WeightCache {
+        /// The folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 /// A batch that contradicts itself, the model or the cache. Always the batch builder's mistake, never a request's.

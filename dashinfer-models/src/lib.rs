@@ -42,6 +42,7 @@ mod source;
 mod spec;
 #[cfg(test)]
 mod test_folder;
+mod weight_cache;
 mod weights;
 
 pub use activations::StepLimits;
@@ -59,3 +60,4 @@ pub use random::RandomWeights;
 pub use rope::{RopeScaling, RopeSpec};
 pub use source::{StoredType, TensorInfo, WeightSource};
 pub use spec::{Attention, LayerSpec, Mlp, ModelSpec};
+pub use weight_cache::{CacheFault, WeightCache, WeightsFrom};

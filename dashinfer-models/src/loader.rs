@@ -2,10 +2,11 @@
 
 use std::{borrow::Cow, collections::HashSet};
 
-use dashinfer_kernels::{Backend, DType, MatrixView, to_f32};
+use dashinfer_kernels::{Backend, DType, MatrixView, PackedShape, to_f32};
 
 use crate::{
-    LoadError, ModelSpec, Quantization, StoredType, WeightSource, WeightsError,
+    CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
+    weight_cache::{StoredWeights, Writer},
     weights::{Fill, HEAD_WEIGHT, LinearPlan, Plan, VectorPlan, Weights},
 };
 
@@ -23,7 +24,11 @@ pub struct LoadProgress {
     pub bytes_total: u64,
 }
 
-/// Loads the weights of `spec` and calls `on_progress` after each matrix or vector.
+/// The weights, and where they came from.
+type Loaded<B> = (Weights<<B as Backend>::Linear, <B as Backend>::Vector>, WeightsFrom);
+
+/// Loads the weights of `spec`, from `cache` if they are there, else into it, and calls `on_progress` after each matrix or vector
+/// that was packed.
 ///
 /// Nothing is packed unless all of `source` fits: a wrong checkpoint fails at once, not after the last gigabyte. Memory
 /// stays near the packed size: a tensor is given back to its source as soon as it is packed.
@@ -32,11 +37,53 @@ pub(crate) fn load<B: Backend>(
     spec: &ModelSpec,
     source: &mut dyn WeightSource,
     quantization: Quantization,
+    cache: Option<&WeightCache>,
     on_progress: &mut dyn FnMut(LoadProgress),
-) -> Result<Weights<B::Linear, B::Vector>, LoadError> {
+) -> Result<Loaded<B>, LoadError> {
     let plan = Plan::new(spec);
     let progress = prove(&plan, source)?;
-    plan.fill(&mut Loader { backend, source, quantization, progress, on_progress })
+    let Some(file) = cache.and_then(|cache| cache.file(backend, &plan, source, quantization)) else {
+        let mut loader = Loader { backend, source, quantization, writer: None, progress, on_progress };
+        return Ok((plan.fill(&mut loader)?, WeightsFrom::Source));
+    };
+    let stored = StoredWeights::open(&file, backend);
+    let replaced = match stored.and_then(|stored| stored.map(|s| take(&plan, s, source, quantization)).transpose()) {
+        Ok(Some(weights)) => {
+            let (tensors_done, bytes_done) = (progress.tensors_total, progress.bytes_total);
+            on_progress(LoadProgress { tensors_done, bytes_done, ..progress });
+            return Ok((weights, WeightsFrom::Cache));
+        }
+        Ok(None) => None,
+        Err(fault) => Some(fault),
+    };
+    let writer = Some(file.writer()?);
+    let mut loader = Loader { backend, source, quantization, writer, progress, on_progress };
+    let weights = plan.fill(&mut loader)?;
+    let weights_from = loader.writer.map_or(WeightsFrom::Source, |writer| writer.finish(replaced));
+    Ok((weights, weights_from))
+}
+
+/// Takes all weights of a plan from a file.
+fn take<B: Backend>(
+    plan: &Plan,
+    stored: StoredWeights<'_, B>,
+    source: &dyn WeightSource,
+    quantization: Quantization,
+) -> Result<Weights<B::Linear, B::Vector>, CacheFault> {
+    let mut taker = Taker { stored, source, quantization };
+    let weights = plan.fill(&mut taker)?;
+    taker.stored.finish()?;
+    Ok(weights)
+}
+
+/// What a matrix of the plan is when it is packed.
+fn packed_shape(source: &dyn WeightSource, plan: &LinearPlan, quantization: Quantization) -> PackedShape {
+    let types = plan.parts.iter().filter_map(|part| match source.info(&part.weight())?.dtype {
+        StoredType::Float(dtype) => Some(dtype),
+        StoredType::Other(_) => None, // the proof has refused it
+    });
+    let (dtype, scheme) = (common_type(types), quantization.scheme(plan.role));
+    PackedShape { rows: plan.rows(), cols: plan.cols, dtype, scheme, bias: plan.bias }
 }
 
 /// The proof: every parameter has a tensor of its shape and of a type that we read, and every tensor is used or may be
@@ -86,11 +133,32 @@ pub(crate) fn float_type(name: &str, stored: StoredType) -> Result<DType, Weight
     }
 }
 
+/// Takes from a file what was packed before, in place of a source that was proven.
+struct Taker<'a, B> {
+    stored: StoredWeights<'a, B>,
+    source: &'a dyn WeightSource,
+    quantization: Quantization,
+}
+
+impl<B: Backend> Fill<B::Linear, B::Vector> for Taker<'_, B> {
+    type Error = CacheFault;
+
+    fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, CacheFault> {
+        self.stored.matrix(&packed_shape(self.source, plan, self.quantization))
+    }
+
+    fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, CacheFault> {
+        self.stored.vector(plan.len)
+    }
+}
+
 /// Packs what a proven source holds.
 struct Loader<'a, B> {
     backend: &'a B,
     source: &'a mut dyn WeightSource,
     quantization: Quantization,
+    /// Stores what was packed.
+    writer: Option<Writer>,
     progress: LoadProgress,
     on_progress: &'a mut dyn FnMut(LoadProgress),
 }
@@ -164,6 +232,9 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
         let packed = self.backend.pack(&views, plan.bias.then_some(&bias[..]), self.quantization.scheme(plan.role))?;
         drop(views);
         drop(tensors);
+        if let Some(writer) = &mut self.writer {
+            writer.matrix(self.backend, &packed_shape(self.source, plan, self.quantization), &packed);
+        }
         self.finish(&names, stored_bytes);
         Ok(packed)
     }
@@ -171,8 +242,12 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
     fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, LoadError> {
         let tensor = self.read(&plan.name, &[plan.len])?;
         let stored_bytes = tensor.bytes.len();
-        let vector = self.backend.vector(&tensor.to_f32())?;
+        let values = tensor.to_f32();
         drop(tensor);
+        let vector = self.backend.vector(&values)?;
+        if let Some(writer) = &mut self.writer {
+            writer.vector(self.backend, &values);
+        }
         self.finish(std::slice::from_ref(&plan.name), stored_bytes);
         Ok(vector)
     }

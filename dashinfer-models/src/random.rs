@@ -41,6 +41,12 @@ impl RandomWeights {
         self.dtype = dtype;
         self
     }
+
+    fn seed_of(&self, name: &str) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.seed, name).hash(&mut hasher);
+        hasher.finish()
+    }
 }
 
 impl WeightSource for RandomWeights {
@@ -53,12 +59,15 @@ impl WeightSource for RandomWeights {
         Some(TensorInfo { dtype: StoredType::Float(self.dtype), shape })
     }
 
+    fn identity(&self) -> Option<String> {
+        // The second number tells hashers apart: the standard library's may change.
+        Some(format!("random, version 1, seed {:x}, {:016x}", self.seed, self.seed_of("")))
+    }
+
     fn read(&self, name: &str) -> Option<Cow<'_, [u8]>> {
         let len = self.shapes.get(name)?.iter().product();
         let mean = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
-        let mut hasher = DefaultHasher::new();
-        (self.seed, name).hash(&mut hasher);
-        let seed = hasher.finish();
+        let seed = self.seed_of(name);
         Some(Cow::Owned(match self.dtype {
             DType::F32 => values::<4>(len, mean, seed, self.dtype),
             DType::F16 | DType::BF16 => values::<2>(len, mean, seed, self.dtype),

@@ -6,13 +6,14 @@ use std::{
     fs::File,
     ops::Range,
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use dashinfer_kernels::DType;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
 
-use crate::{CheckpointError, StoredType, TensorInfo};
+use crate::{CheckpointError, StoredType, TensorInfo, weight_cache::xxh64};
 
 const LENGTH_BYTES: usize = 8;
 /// The most that the reference reader takes; it keeps a wrong length from looking like a real one.
@@ -23,6 +24,9 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 pub(crate) struct SafetensorsFile {
     map: Mmap,
     tensors: BTreeMap<String, Stored>,
+    path: PathBuf,
+    /// `None` where the system keeps no such time.
+    modified: Option<SystemTime>,
 }
 
 /// What a tensor is and where its bytes are in the file.
@@ -40,7 +44,29 @@ impl SafetensorsFile {
         // loaded is what every reader of mapped weights asks of the system; the documentation of `Checkpoint` says so.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
         let tensors = parse_header(&map, path)?;
-        Ok(Self { map, tensors })
+        let modified = file.metadata().and_then(|metadata| metadata.modified()).ok();
+        Ok(Self { map, tensors, path: path.to_owned(), modified })
+    }
+
+    /// What tells this file from others and from itself before a change, short of reading it: its name, length and time, its
+    /// header, and some of its bytes. One that is changed with its length and time kept, where nobody looks, is taken for the same.
+    pub(crate) fn identity(&self) -> Option<String> {
+        const SAMPLES: usize = 16;
+        const SAMPLE_BYTES: usize = 256;
+        let name = self.path.file_name()?;
+        let modified = match self.modified?.duration_since(UNIX_EPOCH) {
+            Ok(after) => format!("{after:?}"),
+            Err(before) => format!("-{:?}", before.duration()),
+        };
+        let len = self.map.len();
+        let data = self.tensors.values().map(|tensor| tensor.bytes.start).min().unwrap_or(len);
+        let sample = |i: usize| {
+            let at = data + (len - data) / SAMPLES * i;
+            &self.map[at..len.min(at + SAMPLE_BYTES)]
+        };
+        let samples: Vec<u8> = (0..SAMPLES).flat_map(sample).copied().collect();
+        let (header, samples) = (xxh64(&self.map[..data]), xxh64(&samples));
+        Some(format!("{name:?}, {len} bytes, modified {modified}, header {header:016x}, samples {samples:016x}\n"))
     }
 
     pub(crate) fn tensors(&self) -> &BTreeMap<String, Stored> {

@@ -15,6 +15,12 @@ pub trait WeightSource {
     /// The values of tensor `name`: little-endian, row-major, not necessarily aligned.
     fn read(&self, name: &str) -> Option<Cow<'_, [u8]>>;
 
+    /// A text that tells these weights from all others of the same names, shapes and types, found without reading them: the names,
+    /// sizes and times of files, or a seed. `None`: nothing does, and what was packed of them cannot be found again later.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
     /// Says that tensor `name` will not be read again, so that its memory can go. Reading it again must still work.
     fn release(&mut self, _name: &str) {}
 }

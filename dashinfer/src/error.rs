@@ -51,6 +51,15 @@ pub enum Error {
     /// The weights are not those that the config describes.
     #[error(transparent)]
     Weights(Arc<WeightsError>),
+    /// Packed weights were to be kept in a folder, and it cannot be written.
+    #[error("cannot write to the weight cache {}", path.display())]
+    WeightCache {
+        /// The folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Arc<std::io::Error>,
+    },
     /// The memory limit leaves no room for one sequence.
     #[error(
         "a memory limit of {limit} bytes is too small: {needed} are needed, {fixed} for weights and activations and the rest \
@@ -130,6 +139,7 @@ impl From<LoadError> for Error {
             LoadError::Config(error) => error.into(),
             LoadError::Weights(error) => error.into(),
             LoadError::Kernel(error) => error.into(),
+            LoadError::WeightCache { path, source } => Self::WeightCache { path, source: Arc::new(source) },
             other => Self::internal(&other.to_string()),
         }
     }

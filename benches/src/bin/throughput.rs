@@ -36,6 +36,7 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --quantize SCHEME     quantizes weights: a16w8, a16w8-g32, a8w8, a16w4-g32, a16w4-g128-zp, a8w4-g32, .. (default: no)
   --quantize-vocabulary SCHEME
                         the embedding and the head by this one, or `none` (default: what --quantize makes of them)
+  --weight-cache FOLDER keeps packed weights there, and finds them again; CPU only (default: none)
   --compute TYPE        auto, f32, f16 or bf16: the type of activations (default: auto)
   --deterministic       results that do not depend on the batch (the CPU's never do)
   --threads N           threads that compute (default: one for each core)
@@ -122,6 +123,7 @@ struct Options {
     device: Device,
     compute: ComputeType,
     quantization: Quantization,
+    weight_cache: Option<PathBuf>,
     deterministic: bool,
     threads: NonZeroUsize,
     prefill: Vec<Prompts>,
@@ -163,6 +165,7 @@ impl Options {
             device: args.value("--device")?.unwrap_or(Device::Cpu),
             compute: args.value("--compute")?.unwrap_or_default(),
             quantization,
+            weight_cache: args.value("--weight-cache")?,
             deterministic: args.flag("--deterministic"),
             threads: args.value("--threads")?.unwrap_or_else(cores),
             prefill: args.list("--prefill")?.unwrap_or_default(),
@@ -244,6 +247,9 @@ impl Bench {
             .prefix_cache(false)
             .max_batch(max_batch)
             .max_context(max_context);
+        if let Some(folder) = &options.weight_cache {
+            load = load.weight_cache(folder);
+        }
         let usual = if options.device == Device::Cpu { Some(512.max(max_batch)) } else { None };
         if let Some(step_tokens) = options.step_tokens.map(|tokens| tokens.get().max(max_batch)).or(usual) {
             load = load.max_step_tokens(step_tokens);
@@ -269,13 +275,16 @@ impl Bench {
 
     fn print_head(&self, load_time: Duration) {
         println!(
-            "{}, {} weights, {}, {} threads, loaded in {:.1} s",
+            "{}, {} weights, {}, {} threads, loaded in {:.2} s",
             self.name(),
             self.weights(),
             self.engine.model().device,
             self.options.threads,
             load_time.as_secs_f64()
         );
+        if self.options.weight_cache.is_some() {
+            println!("weights from: {:?}", self.engine.model().weights_from);
+        }
         let what = match self.options.device {
             Device::Cpu => format!("f32 multiply-adds ({:?})", self.options.isa),
             _ => "a product of bf16 matrices".to_owned(),

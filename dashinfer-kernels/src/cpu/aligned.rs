@@ -14,7 +14,7 @@ use crate::KernelError;
 const HUGE_FROM: usize = 4 << 20;
 #[cfg(target_os = "linux")]
 const HUGE_PAGE: usize = 2 << 20;
-const CACHE_LINE: usize = 64;
+pub(crate) const CACHE_LINE: usize = 64;
 
 /// A fixed-length, zero-initialized slice of plain values, aligned to a cache line. Pages that are never touched take no
 /// memory; on Linux, a large buffer is a mapping of its own, so that dropping it gives the memory back to the system, which

@@ -15,12 +15,17 @@ use super::silu_mul::{self, SiluMulRow};
 use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
-    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, SampleRow,
-    Sampled, Scheme, StepRows, TensorUse,
+    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PackedShape, PagedBatch, QkNorm,
+    Rope, SampleRow, Sampled, Scheme, SharedBytes, StepRows, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
 pub(super) const PARALLEL_FROM: usize = 1 << 14;
+
+/// Of dense and of quantized matrices. Whoever changes what packing makes of some weights, be it one byte, or the order of
+/// buffers in `export`, counts this up: files of older layouts are then packed anew. A test of `dashinfer-models` holds it
+/// to the bytes.
+const LAYOUT: &str = "cpu panels, version 1";
 
 /// How the CPU backend runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -305,6 +310,28 @@ impl Backend for CpuBackend {
 
     fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize {
         packed_bytes(rows, cols, dtype, scheme)
+    }
+
+    fn layout(&self) -> Option<&'static str> {
+        Some(LAYOUT)
+    }
+
+    fn export<'a>(&self, matrix: &'a CpuLinear) -> Vec<&'a [u8]> {
+        match matrix {
+            CpuLinear::Dense(matrix) => matrix.buffers().to_vec(),
+            CpuLinear::Quantized(matrix) => matrix.buffers().to_vec(),
+        }
+    }
+
+    fn import(&self, shape: &PackedShape, buffers: &[SharedBytes]) -> Result<CpuLinear, KernelError> {
+        Ok(match shape.scheme {
+            None => CpuLinear::Dense(PackedMatrix::from_buffers(shape, buffers)?),
+            Some(scheme) => CpuLinear::Quantized(QuantizedMatrix::from_buffers(shape, scheme, buffers)?),
+        })
+    }
+
+    fn for_each(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.pool.run(num_tasks, &|i, _| task(i));
     }
 
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<CpuKvCache, KernelError> {

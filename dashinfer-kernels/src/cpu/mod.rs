@@ -14,6 +14,7 @@ mod quantized;
 mod rms_norm;
 mod rope;
 mod silu_mul;
+mod weight_buf;
 
 pub use attention::CpuKvCache;
 pub use backend::{CpuBackend, CpuConfig, CpuLinear, CpuTensor, packed_bytes, workspace_bytes};

@@ -15,7 +15,7 @@ use dashinfer_kernels::cuda::{CudaBackend, CudaConfig};
 use dashinfer_kernels::{Backend, CacheType, DType};
 use dashinfer_models::{
     Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, RandomWeights,
-    StepLimits, WeightSource, shapes,
+    StepLimits, WeightCache, WeightSource, shapes,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -124,6 +124,7 @@ struct Settings {
     device: Device,
     compute: ComputeType,
     quantization: Quantization,
+    weight_cache: Option<WeightCache>,
     deterministic: bool,
     kv_cache: KvCacheType,
     memory_limit: Option<u64>,
@@ -147,6 +148,7 @@ impl Default for Settings {
             device: Device::default(),
             compute: ComputeType::default(),
             quantization: Quantization::NONE,
+            weight_cache: None,
             deterministic: false,
             kv_cache: KvCacheType::default(),
             memory_limit: None,
@@ -214,6 +216,23 @@ impl Load {
     /// as they are stored. Smaller weights are read faster, and change results: `docs/quantization.md` says by how much. CPU only.
     pub fn quantize(mut self, quantization: impl Into<Quantization>) -> Self {
         self.settings.quantization = quantization.into();
+        self
+    }
+
+    /// Keeps packed weights in `folder`, which need not be there yet, and maps what an earlier load of the same weights, quantized
+    /// in the same way, has left there: a model is then ready as fast as its packed weights can be read and summed, and processes
+    /// share the memory. [`ModelInfo::weights_from`](crate::ModelInfo) says what came of it. Changes no result. Default: none.
+    ///
+    /// Mapped weights are the system's to drop when memory is short, and to read again from the disk.
+    ///
+    /// The folder takes as many bytes as the packed weights for each model and quantization. It may be shared by any number of
+    /// engines and processes. Its files may be deleted at any time, and are never deleted here; nobody may write to them. Weights
+    /// are known again by the names, sizes and times of their files and by samples of what is in them, not by all that is in them.
+    ///
+    /// A file that cannot be used is packed anew and replaced. A folder that cannot be written is an error
+    /// ([`Error::WeightCache`]), unless it has what is wanted. CPU only: a GPU keeps weights as they are stored, and takes no notice.
+    pub fn weight_cache(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.settings.weight_cache = Some(WeightCache::new(folder));
         self
     }
 
@@ -537,11 +556,13 @@ fn start_on<B: Backend>(
     let on_progress = load.on_progress.as_mut().unwrap_or(&mut no_progress);
     let mut bytes = 0;
     let (source, quantization) = (opened.source.as_mut(), settings.quantization);
-    let decoder = Decoder::load(backend, opened.spec, source, plan.limits, quantization, &mut |progress| {
-        bytes = progress.bytes_total;
-        let (bytes_done, bytes_total) = (progress.bytes_done, progress.bytes_total);
-        on_progress(Progress { phase: LoadPhase::Weights, bytes_done, bytes_total });
-    })?;
+    let cache = settings.weight_cache.as_ref();
+    let decoder =
+        Decoder::load_with_cache(backend, opened.spec, source, plan.limits, quantization, cache, &mut |progress| {
+            bytes = progress.bytes_total;
+            let (bytes_done, bytes_total) = (progress.bytes_done, progress.bytes_total);
+            on_progress(Progress { phase: LoadPhase::Weights, bytes_done, bytes_total });
+        })?;
     let spec = decoder.spec();
     let cache_spec = spec.kv_cache(settings.block_size, plan.num_blocks, plan.kv_cache);
     let cache = decoder.backend().kv_cache(&cache_spec)?;
@@ -553,6 +574,7 @@ fn start_on<B: Backend>(
         device,
         compute: plan.compute.into(),
         weight_bytes: plan.estimate.weight_bytes,
+        weights_from: decoder.weights_from().clone(),
         kv_cache_bytes: plan.estimate.kv_cache_bytes,
         kv_cache_tokens: plan.estimate.kv_cache_tokens,
     };

@@ -12,8 +12,9 @@ use half::{bf16, f16};
 
 use super::super::aligned::AlignedBuf;
 use super::super::pool::ThreadPool;
+use super::super::weight_buf::WeightBuf;
 use crate::error::check;
-use crate::{DType, KernelError, MatrixView};
+use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -24,7 +25,7 @@ pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     dtype: DType,
-    data: AlignedBuf<u8>,
+    data: WeightBuf<u8>,
     /// `[panels * 16]`, zeros behind the last row; empty without a bias.
     bias: Vec<f32>,
 }
@@ -53,7 +54,30 @@ impl PackedMatrix {
                 }
             }
         });
-        Ok(Self { rows, cols, dtype, data, bias: stack.padded_bias() })
+        Ok(Self { rows, cols, dtype, data: data.into(), bias: stack.padded_bias() })
+    }
+
+    /// Puts [`buffers`](Self::buffers) together again.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if they are not those of a matrix of `shape`.
+    pub(crate) fn from_buffers(shape: &PackedShape, buffers: &[SharedBytes]) -> Result<Self, KernelError> {
+        let &PackedShape { rows, cols, dtype, .. } = shape;
+        let [data, bias] = buffers else {
+            return Err(KernelError::Shape {
+                op: "import",
+                what: "number of buffers",
+                wanted: 2,
+                found: buffers.len(),
+            });
+        };
+        let data = WeightBuf::shared("bytes of weights", packed_bytes(rows, cols, dtype), data.clone())?;
+        Ok(Self { rows, cols, dtype, data, bias: bias_from_bytes(shape, bias)? })
+    }
+
+    /// What is to be stored of it: panels and bias.
+    pub(crate) fn buffers(&self) -> [&[u8]; 2] {
+        [self.data.bytes(), bytemuck::cast_slice(&self.bias)]
     }
 
     /// Output features, `N`.
@@ -166,6 +190,13 @@ impl<'a> Stack<'a> {
             &part.bytes[(row - first_row) * row_bytes..][..row_bytes]
         })
     }
+}
+
+/// The bias of whole panels that was stored for a matrix of `shape`.
+pub(crate) fn bias_from_bytes(shape: &PackedShape, bytes: &[u8]) -> Result<Vec<f32>, KernelError> {
+    let len = if shape.bias { shape.rows.div_ceil(PANEL).saturating_mul(PANEL) } else { 0 };
+    check("import", "bytes of the bias", len.saturating_mul(size_of::<f32>()), bytes.len())?;
+    Ok(bytes.as_chunks().0.iter().map(|value| f32::from_ne_bytes(*value)).collect())
 }
 
 /// Bytes of a packed `[rows, cols]` matrix.

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use half::{bf16, f16};
 
 use super::super::aligned::AlignedBuf;
-use super::super::linear::{SendPtr, Stack};
+use super::super::linear::{SendPtr, Stack, bias_from_bytes};
 use super::super::pool::ThreadPool;
+use super::super::weight_buf::WeightBuf;
 use crate::quant::activations::Cut;
 use crate::quant::{GroupParams, PANEL, Scheme, WeightBits, int4, int8};
-use crate::{DType, KernelError, MatrixView};
+use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes};
 
 /// Input features of a row that are brought to f32 at a time where groups allow it: the codes of all rows of a panel then stay in
 /// the L1 cache until their lines are full.
@@ -23,11 +24,11 @@ pub struct QuantizedMatrix {
     scheme: Scheme,
     cut: Cut,
     /// `[panels][panel_bytes]`
-    codes: AlignedBuf<u8>,
+    codes: WeightBuf<u8>,
     /// `[panels][scale_groups][16]`, f16.
-    scales: AlignedBuf<u16>,
+    scales: WeightBuf<u16>,
     /// As `scales`; empty if the scheme has no zero points.
-    zeros: AlignedBuf<u8>,
+    zeros: WeightBuf<u8>,
     /// `[panels * 16]`; empty without a bias.
     bias: Vec<f32>,
 }
@@ -46,15 +47,7 @@ impl QuantizedMatrix {
     ) -> Result<Self, KernelError> {
         let stack = Stack::new(parts, bias)?;
         let (rows, cols, dtype) = (stack.rows, stack.cols, stack.dtype);
-        if cols > Cut::max_cols(scheme) {
-            let wanted = Cut::max_cols(scheme);
-            return Err(KernelError::Shape {
-                op: "pack",
-                what: "columns of a quantized matrix, at most",
-                wanted,
-                found: cols,
-            });
-        }
+        check_cols(scheme, cols)?;
         let (cut, panels) = (Cut::new(scheme, cols), rows.div_ceil(PANEL));
         let sizes = Sizes::new(scheme, rows, cols);
         let mut codes = AlignedBuf::<u8>::zeroed("a weight matrix", sizes.codes)?;
@@ -89,7 +82,45 @@ impl QuantizedMatrix {
         if !finite.into_inner() {
             return Err(KernelError::NotFinite { op: "pack", what: "a weight that is to be quantized" });
         }
+        let (codes, scales, zeros) = (codes.into(), scales.into(), zeros.into());
         Ok(Self { rows, cols, scheme, cut, codes, scales, zeros, bias: stack.padded_bias() })
+    }
+
+    /// Puts [`buffers`](Self::buffers) together again.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if they are not those of a matrix of `shape`.
+    pub(crate) fn from_buffers(
+        shape: &PackedShape,
+        scheme: Scheme,
+        buffers: &[SharedBytes],
+    ) -> Result<Self, KernelError> {
+        let (rows, cols) = (shape.rows, shape.cols);
+        check_cols(scheme, cols)?;
+        let [codes, scales, zeros, bias] = buffers else {
+            return Err(KernelError::Shape {
+                op: "import",
+                what: "number of buffers",
+                wanted: 4,
+                found: buffers.len(),
+            });
+        };
+        let sizes = Sizes::new(scheme, rows, cols);
+        Ok(Self {
+            rows,
+            cols,
+            scheme,
+            cut: Cut::new(scheme, cols),
+            codes: WeightBuf::shared("bytes of codes", sizes.codes, codes.clone())?,
+            scales: WeightBuf::shared("bytes of scales", sizes.scales, scales.clone())?,
+            zeros: WeightBuf::shared("bytes of zero points", sizes.zeros, zeros.clone())?,
+            bias: bias_from_bytes(shape, bias)?,
+        })
+    }
+
+    /// What is to be stored of it: codes, scales, zero points and bias.
+    pub(crate) fn buffers(&self) -> [&[u8]; 4] {
+        [self.codes.bytes(), self.scales.bytes(), self.zeros.bytes(), bytemuck::cast_slice(&self.bias)]
     }
 
     /// Output features, `N`.
@@ -199,6 +230,16 @@ fn panel_bytes(scheme: Scheme, padded: usize) -> usize {
         WeightBits::Eight => int8::panel_bytes(padded),
         WeightBits::Four => int4::panel_bytes(padded),
     }
+}
+
+/// Whether the scheme can sum so many columns.
+fn check_cols(scheme: Scheme, cols: usize) -> Result<(), KernelError> {
+    let wanted = Cut::max_cols(scheme);
+    if cols <= wanted {
+        return Ok(());
+    }
+    let what = "columns of a quantized matrix, at most";
+    Err(KernelError::Shape { op: "pack", what, wanted, found: cols })
 }
 
 /// Elements of the buffers of a matrix.
