@@ -275,7 +275,7 @@ fn an_estimate_is_a_little_more_than_the_file() {
         let estimate = MemoryEstimate::new(&spec, &checkpoint, f32, f32.into(), limits, none, &packed_bytes).unwrap();
         let stored = checkpoint.data_bytes();
         // More, by norms and biases in f32, rows padded to 16, and columns of bf16 padded to 32, which is much of a tiny model.
-        assert!((stored..stored + stored / 3).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());
+        assert!((stored..stored + stored / 2).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());
     }
 }
 
