@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
-pub(super) const PARALLEL_FROM: usize = 1 << 14;
+const PARALLEL_FROM: usize = 1 << 14;
 
 /// Of dense and of quantized matrices. Whoever changes what packing makes of some weights, be it one byte, or the order of
 /// buffers in `export`, counts this up: files of older layouts are then packed anew. A test of `dashinfer-models` holds it
@@ -236,7 +236,7 @@ impl CpuBackend {
     }
 
     /// Calls `row(i)` for each of `rows` rows of `cols` values, in parallel if that pays.
-    fn for_rows(pool: &ThreadPool, rows: usize, cols: usize, row: &(dyn Fn(usize) + Sync)) {
+    pub(super) fn for_rows(pool: &ThreadPool, rows: usize, cols: usize, row: &(dyn Fn(usize) + Sync)) {
         if rows * cols < PARALLEL_FROM {
             (0..rows).for_each(row);
             return;

@@ -15,6 +15,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::aligned::AlignedBuf;
+use super::backend::CpuBackend;
 use super::isa::{Isa, Variant};
 use super::linear::{BF16_STEP, Output, PackedMatrix, SendPtr};
 use super::pool::ThreadPool;
@@ -78,11 +79,7 @@ impl Rounded {
             }
             padding.fill(0);
         };
-        if rows * cols < super::backend::PARALLEL_FROM {
-            (0..rows).for_each(row);
-        } else {
-            pool.run(rows, &|task, _| row(task));
-        }
+        CpuBackend::for_rows(pool, rows, cols, &row);
         Ok(&buffer[..wanted])
     }
 }

@@ -1,6 +1,7 @@
 //! The rows of a product, rounded to integers as its weights' scheme asks and as the kernel's instructions eat them.
 
 use super::super::aligned::AlignedBuf;
+use super::super::backend::CpuBackend;
 use super::super::linear::SendPtr;
 use super::super::pool::ThreadPool;
 use super::QuantizedMatrix;
@@ -16,8 +17,16 @@ pub(crate) enum Operand {
     /// that stand beside theirs.
     Words,
     /// 8 bits each, in order.
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        allow(dead_code, reason = "for blocked variants")
+    )]
     Bytes,
     /// The high bytes of a row, then its low bytes; see [`crate::quant::activations`].
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        allow(dead_code, reason = "for blocked variants")
+    )]
     Planes,
 }
 
@@ -81,11 +90,7 @@ impl Activations {
             // SAFETY: the variant was chosen for this machine.
             unsafe { round(&job, codes, scales, corrections) };
         };
-        if rows * cols < super::super::backend::PARALLEL_FROM {
-            (0..rows).for_each(row);
-        } else {
-            pool.run(rows, &|task, _| row(task));
-        }
+        CpuBackend::for_rows(pool, rows, cols, &row);
         Ok(())
     }
 
@@ -93,6 +98,15 @@ impl Activations {
     pub(crate) fn max_bytes(rows: usize, cols: usize) -> usize {
         // Two bytes a code, and a scale and a correction for each 32.
         rows.saturating_mul(cols.next_multiple_of(128)).saturating_mul(2 * 32 + 8) / 32
+    }
+
+    /// How the codes are laid out.
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        expect(dead_code, reason = "for blocked variants")
+    )]
+    pub(super) fn operand(&self) -> Option<Operand> {
+        self.operand
     }
 
     /// The codes of row `row` and those behind it, in the layout of the operand.
@@ -109,6 +123,10 @@ impl Activations {
     }
 
     /// The corrections of row `row` and those behind it, one for each group.
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        allow(dead_code, reason = "for blocked variants")
+    )]
     #[inline(always)]
     pub(super) fn corrections(&self, row: usize) -> &[i32] {
         &self.corrections[row * self.cut.map_or(0, Cut::groups)..]

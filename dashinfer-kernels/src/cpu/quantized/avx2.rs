@@ -29,7 +29,7 @@ pub(super) fn operand(scheme: Scheme) -> Operand {
 /// As there; the machine has AVX2, FMA and F16C.
 pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { blocked::product::<Avx2>(job, operand, rows, panels, out) }
+    unsafe { blocked::product::<Avx2>(job, rows, panels, out) }
 }
 
 struct Avx2;

@@ -25,7 +25,7 @@ pub(super) fn operand(scheme: Scheme) -> Operand {
 /// As there; the machine has AVX-512F, BW, VL and VNNI.
 pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { blocked::product::<Avx512Vnni>(job, operand, rows, panels, out) }
+    unsafe { blocked::product::<Avx512Vnni>(job, rows, panels, out) }
 }
 
 struct Avx512Vnni;

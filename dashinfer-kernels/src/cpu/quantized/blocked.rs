@@ -11,7 +11,6 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::{Job, Operand, Output};
-use crate::Scheme;
 use crate::quant::{PANEL, WeightBits};
 
 /// Rows of `x` that pass over a panel together, so that their columns of a part stay in the L2 cache.
@@ -58,7 +57,8 @@ pub(super) trait Tiles {
     /// Unpacks `len` input features of codes `CODES` for activations of layout `X`.
     ///
     /// # Safety
-    /// The machine has the instruction set; `from` holds the codes of as many input features, and `to` has room for [`wide_bytes`].
+    /// The machine has the instruction set; `from` holds the codes of as many input features, and `to` has room for [`code_bytes`] of
+    /// as many [`WIDE`] ones.
     unsafe fn widen<const X: u8, const CODES: u8>(from: *const u8, len: usize, to: *mut u8);
 
     /// Adds the products of a tile; see [`Tile`].
@@ -101,18 +101,13 @@ pub(super) struct Tile<'a> {
 }
 
 impl Tile<'_> {
-    /// What row `i` of the tile starts from: the bias, or what [`Output`] holds of the parts before.
+    /// What row `i` of the tile starts from: the bias, or what [`Output`] holds of the parts before; bits of integers, if one group spans
+    /// all parts.
     #[inline(always)]
     pub(super) fn start(&self, i: usize) -> [f32; PANEL] {
         if self.ks.start == 0 {
             return self.job.weight.panel_bias(self.panel);
         }
-        self.stored(i)
-    }
-
-    /// What the part before has left of row `i` of the tile; bits of integers, if one group spans all parts.
-    #[inline(always)]
-    pub(super) fn stored(&self, i: usize) -> [f32; PANEL] {
         let mut sums = [0.0; PANEL];
         // SAFETY: this thread wrote these columns of this row in the parts before.
         unsafe { self.out.load(self.row + i, self.panel, &mut sums) };
@@ -132,22 +127,15 @@ struct Wide([MaybeUninit<u8>; WIDE_BYTES]);
 /// See [`scalar::product`](super::scalar::product): the same sums, exact in integers and in the same order in f32, so the same bits.
 ///
 /// # Safety
-/// The machine has the instruction set of `T`. No other thread may write these columns of these rows; the ranges lie within the job,
-/// whose activations are laid out as `operand` says.
-pub(super) unsafe fn product<T: Tiles>(
-    job: &Job<'_>,
-    operand: fn(Scheme) -> Operand,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    out: Output,
-) {
-    let scheme = job.weight.scheme();
+/// The machine has the instruction set of `T`. No other thread may write these columns of these rows; the ranges lie within the job.
+pub(super) unsafe fn product<T: Tiles>(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     // SAFETY: the caller's promise, passed on.
     unsafe {
-        match operand(scheme) {
-            Operand::Words => laid_out::<T, WORDS>(job, rows, panels, out),
-            Operand::Bytes => laid_out::<T, BYTES>(job, rows, panels, out),
-            Operand::Planes => laid_out::<T, PLANES>(job, rows, panels, out),
+        match job.x.operand() {
+            Some(Operand::Words) => laid_out::<T, WORDS>(job, rows, panels, out),
+            Some(Operand::Bytes) => laid_out::<T, BYTES>(job, rows, panels, out),
+            Some(Operand::Planes) => laid_out::<T, PLANES>(job, rows, panels, out),
+            None => unreachable!("a job has rows"),
         }
     }
 }

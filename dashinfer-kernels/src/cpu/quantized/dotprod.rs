@@ -27,7 +27,7 @@ pub(super) fn operand(scheme: Scheme) -> Operand {
 /// As there; the machine has `dotprod`.
 pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { blocked::product::<DotProd>(job, operand, rows, panels, out) }
+    unsafe { blocked::product::<DotProd>(job, rows, panels, out) }
 }
 
 /// Rows of bytes of a register tile: 16 registers of sums. Six rows would read less, but the compiler spills with 24.

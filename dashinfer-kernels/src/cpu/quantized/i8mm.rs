@@ -8,7 +8,7 @@ use std::arch::asm;
 use std::ops::Range;
 
 use super::blocked::{self, BYTES, PLANES, Tile, Tiles, WIDE, code_bytes};
-use super::dotprod::{operand, quads};
+use super::dotprod::quads;
 use super::groups::{self, Dots, Group, num_x};
 use super::{Job, Output};
 
@@ -18,7 +18,7 @@ use super::{Job, Output};
 /// As there; the machine has `i8mm`.
 pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { blocked::product::<I8mm>(job, operand, rows, panels, out) }
+    unsafe { blocked::product::<I8mm>(job, rows, panels, out) }
 }
 
 /// Rows of bytes of a register tile: 16 registers of sums. With 24 the compiler moves more registers than it multiplies.

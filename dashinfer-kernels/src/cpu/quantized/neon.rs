@@ -30,7 +30,7 @@ pub(super) fn operand(scheme: Scheme) -> Operand {
 /// As there; the machine has NEON.
 pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     // SAFETY: the caller's promise, passed on.
-    unsafe { blocked::product::<Neon>(job, operand, rows, panels, out) }
+    unsafe { blocked::product::<Neon>(job, rows, panels, out) }
 }
 
 struct Neon;
