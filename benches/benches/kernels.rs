@@ -17,8 +17,8 @@ use benches::{machine, naive};
 use criterion::{Criterion, Throughput};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, Isa, PoolConfig, to_bytes};
 use dashinfer_kernels::{
-    AttentionParams, Backend, CacheType, DType, Issue, KvCacheSpec, MatrixView, PagedBatch, Rope, RopePairs,
-    SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
+    Activation, AttentionParams, Backend, CacheType, DType, Issue, KvCacheSpec, MatrixView, PagedBatch, Rope,
+    RopePairs, SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
 };
 
 const FITS: &str = "the operands of a benchmark fit each other";
@@ -28,7 +28,7 @@ const MLP: usize = 4864;
 const VOCAB: usize = 151_936;
 const HEAD_DIM: usize = 64;
 const PARAMS: AttentionParams =
-    AttentionParams { num_heads: 14, num_kv_heads: 2, head_dim: HEAD_DIM, scale: 0.125, window: None };
+    AttentionParams { num_heads: 14, num_kv_heads: 2, head_dim: HEAD_DIM, scale: 0.125, window: None, soft_cap: None };
 const QKV: usize = (PARAMS.num_heads + 2 * PARAMS.num_kv_heads) * HEAD_DIM;
 const BLOCK_SIZE: usize = 32;
 
@@ -185,7 +185,7 @@ impl Kernels {
             let mut operands = Rotation::new(copies, make);
             move |backend: &mut CpuBackend| {
                 let (out, x) = operands.next();
-                backend.silu_mul(out, x).expect(FITS);
+                backend.gate(out, x, Activation::Silu).expect(FITS);
             }
         };
         let naive = || {
@@ -219,7 +219,7 @@ impl Kernels {
             let mut layer = 0;
             move |backend: &mut CpuBackend| {
                 layer = (layer + 1) % layers;
-                backend.attention(&mut out, &qkv, &cache, layer, &params).expect(FITS);
+                backend.attention(&mut out, &qkv, &cache, layer, &params, None).expect(FITS);
             }
         };
         let naive = || {
@@ -281,7 +281,7 @@ impl Kernels {
                 backend.kv_cache(&cache_spec(&PARAMS, dtype.into(), 1, rows, 1)).expect("memory for a cache");
             move |backend: &mut CpuBackend| {
                 begin(backend, lists.next().expect("it has no end"), &batch, &mut cache);
-                backend.embed(&mut out, &table).expect(FITS);
+                backend.embed(&mut out, &table, 1.0).expect(FITS);
             }
         };
         let naive = || {

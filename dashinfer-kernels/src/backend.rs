@@ -4,6 +4,7 @@
 //! `E` hidden size, `F` MLP size, `V` vocabulary, `B` tokens in a cache block. The CPU's scalar code defines each
 //! operator; every other implementation is tested against it.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::error::check;
@@ -168,6 +169,8 @@ pub struct AttentionParams {
     pub scale: f32,
     /// With `Some(w)`, position `p` sees positions `p - w + 1 ..= p` only.
     pub window: Option<usize>,
+    /// With `Some(c)`, scores `s` become `c · tanh(s / c)` (Gemma 2).
+    pub soft_cap: Option<f32>,
 }
 
 impl AttentionParams {
@@ -190,6 +193,45 @@ impl AttentionParams {
             return Ok(());
         }
         Err(KernelError::Shape { op, what: "layers of the cache", wanted: layer + 1, found: cache.num_layers })
+    }
+}
+
+/// The function on the gate of a gated feed-forward layer: `out = f(gate) · up`. <https://arxiv.org/abs/2002.05202>
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `x / (1 + exp(-x))`
+    #[default]
+    Silu,
+    /// `x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))` (Gemma). <https://arxiv.org/abs/1606.08415>
+    GeluTanh,
+}
+
+/// What some models need beyond Llama. A backend says which of it it has, so that a model is refused before it is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Feature {
+    /// A factor on the embedding.
+    EmbeddingScale,
+    /// [`Activation::GeluTanh`].
+    GeluTanh,
+    /// Caps on the scores of attention.
+    AttentionSoftCap,
+    /// Sinks of attention.
+    AttentionSinks,
+    /// Caps on logits.
+    LogitSoftCap,
+}
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::EmbeddingScale => "a factor on the embedding",
+            Self::GeluTanh => "the activation gelu",
+            Self::AttentionSoftCap => "soft caps on attention",
+            Self::AttentionSinks => "attention sinks",
+            Self::LogitSoftCap => "soft caps on logits",
+        })
     }
 }
 
@@ -231,6 +273,9 @@ pub trait Backend: Send + 'static {
     fn idle(&self) -> Option<Duration> {
         None
     }
+
+    /// Whether the operators of this backend have `feature`.
+    fn supports(&self, feature: Feature) -> bool;
 
     /// An empty tensor of `cols` columns with room for `max_rows` rows.
     fn tensor(&self, max_rows: usize, cols: usize, what_for: TensorUse) -> Result<Self::Tensor, KernelError>;
@@ -300,8 +345,9 @@ pub trait Backend: Send + 'static {
         issued.map(|()| Issue::Nothing)
     }
 
-    /// `out[t, :] = table[ids[t], :]` of the step's ids. `table`: `[V, E]`; `out`: `[T, E]`.
-    fn embed(&mut self, out: &mut Self::Tensor, table: &Self::Linear) -> Result<(), KernelError>;
+    /// `out[t, :] = scale · table[ids[t], :]` of the step's ids. `table`: `[V, E]`; `out`: `[T, E]`. A scale other than 1 is
+    /// [`Feature::EmbeddingScale`].
+    fn embed(&mut self, out: &mut Self::Tensor, table: &Self::Linear, scale: f32) -> Result<(), KernelError>;
 
     /// `out[t, i] = x[t, i] · w[i] / sqrt(mean_j(x[t, j]²) + eps)`. <https://arxiv.org/abs/1910.07467>
     fn rms_norm(
@@ -325,17 +371,18 @@ pub trait Backend: Send + 'static {
     /// `out = x · weightᵀ + bias`. `x`: `[T, K]`; `weight`: `[N, K]`; `out`: `[T, N]`.
     fn linear(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Linear) -> Result<(), KernelError>;
 
-    /// `out[t, i] = silu(y[t, i]) · y[t, F + i]` with `y` = [`linear`](Self::linear)`(x, weight)`. `weight`: `[2 F, K]`, gate then
-    /// up; `out`: `[T, F]`; `scratch`: room for `[T, 2 F]`, left undefined.
+    /// [`gate`](Self::gate) of `y` = [`linear`](Self::linear)`(x, weight)`. `weight`: `[2 F, K]`, gate then up; `out`: `[T, F]`;
+    /// `scratch`: room for `[T, 2 F]`, left undefined.
     fn gated_linear(
         &mut self,
         out: &mut Self::Tensor,
         scratch: &mut Self::Tensor,
         x: &Self::Tensor,
         weight: &Self::Linear,
+        activation: Activation,
     ) -> Result<(), KernelError> {
         self.linear(scratch, x, weight)?;
-        self.silu_mul(out, scratch)
+        self.gate(out, scratch, activation)
     }
 
     /// Norms (optional) and rotates q and k in place, and puts k and v into the cache at each row's slot.
@@ -355,6 +402,9 @@ pub trait Backend: Send + 'static {
 
     /// Causal attention of each row over its sequence's cached positions. `qkv` as [`rope_and_cache`](Self::rope_and_cache)
     /// left it; `out`: `[T, H · D]`. Prefill chunks and decodes share one call.
+    ///
+    /// `sinks`: `[H]`, for each head the score of a position that every row sees and whose value is zero (gpt-oss), not scaled
+    /// and not capped; [`Feature::AttentionSinks`].
     fn attention(
         &mut self,
         out: &mut Self::Tensor,
@@ -362,10 +412,16 @@ pub trait Backend: Send + 'static {
         cache: &Self::KvCache,
         layer: usize,
         params: &AttentionParams,
+        sinks: Option<&Self::Vector>,
     ) -> Result<(), KernelError>;
 
-    /// `out[t, i] = silu(x[t, i]) · x[t, F + i]`. `x`: `[T, 2 F]`, gate then up; `out`: `[T, F]`.
-    fn silu_mul(&mut self, out: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), KernelError>;
+    /// `out[t, i] = f(x[t, i]) · x[t, F + i]` with the activation `f`. `x`: `[T, 2 F]`, gate then up; `out`: `[T, F]`.
+    fn gate(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, activation: Activation) -> Result<(), KernelError>;
+
+    /// `logits[r, i] = cap · tanh(logits[r, i] / cap)` (Gemma 2), in place; [`Feature::LogitSoftCap`].
+    fn soft_cap(&mut self, _logits: &mut Self::Tensor, _cap: f32) -> Result<(), KernelError> {
+        Err(KernelError::Unsupported { op: "soft_cap", what: Feature::LogitSoftCap.to_string(), backend: self.name() })
+    }
 
     /// `out[i, :] = x[logit_rows[i], :]` of the step's rows with logits.
     fn gather_logit_rows(&mut self, out: &mut Self::Tensor, x: &Self::Tensor) -> Result<(), KernelError>;

@@ -21,6 +21,7 @@ pub(crate) struct Widths {
     heads: usize,
     mlp: usize,
     vocab: usize,
+    post_norms: bool,
 }
 
 impl Widths {
@@ -32,12 +33,13 @@ impl Widths {
             heads: attention.num_heads * attention.head_dim,
             mlp: spec.mlp.size,
             vocab: spec.vocab_size,
+            post_norms: spec.post_norms,
         }
     }
 
     /// Bytes of all activations of type `dtype`, and of logits, which are f32.
     pub(crate) fn bytes(&self, limits: StepLimits, dtype: DType) -> u64 {
-        let token = 3 * self.hidden + self.qkv + self.heads + 3 * self.mlp;
+        let token = if self.post_norms { 4 } else { 3 } * self.hidden + self.qkv + self.heads + 3 * self.mlp;
         let picked = self.hidden + self.heads;
         let times = |rows: usize, cols: usize, size: usize| {
             (rows as u64).saturating_mul(cols as u64).saturating_mul(size as u64)
@@ -56,6 +58,8 @@ pub(crate) struct Activations<T> {
     pub(crate) normed: T,
     /// `[T, E]`: what attention or MLP adds to the residual.
     pub(crate) delta: T,
+    /// `[T, E]`: `delta`, normed, where that is so.
+    pub(crate) post: Option<T>,
     /// `[T, (H + 2 K) · D]`
     pub(crate) qkv: T,
     /// `[T, H · D]`
@@ -85,6 +89,7 @@ impl<T> Activations<T> {
             residual: of_tokens(widths.hidden)?,
             normed: of_tokens(widths.hidden)?,
             delta: of_tokens(widths.hidden)?,
+            post: widths.post_norms.then(|| of_tokens(widths.hidden)).transpose()?,
             qkv: of_tokens(widths.qkv)?,
             heads: of_tokens(widths.heads)?,
             gate_up: of_tokens(2 * widths.mlp)?,

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use dashinfer_kernels::{DType, RopePairs};
+use dashinfer_kernels::{Activation, DType, RopePairs};
 use serde_json::{Map, Value};
 
 use crate::{
-    Attention, ConfigError, FAMILIES, LayerSpec, Mlp, ModelSpec, RopeSpec,
+    Attention, ConfigError, FAMILIES, LayerSpec, Mlp, ModelSpec, RopeSpec, TensorNames,
     json::{self, Object},
 };
 
@@ -77,14 +77,7 @@ impl HfConfig {
                 return Err(ConfigError::value("num_attention_heads", wanted, num_heads));
             }
         };
-        let activation = config.text("hidden_act")?.unwrap_or("silu");
-        if activation != "silu" && activation != "swish" {
-            return Err(ConfigError::Unsupported {
-                field: "hidden_act".into(),
-                found: activation.into(),
-                supported: "silu".into(),
-            });
-        }
+        let activation = activation(config, "hidden_act")?.unwrap_or_default();
         let max_positions = config.required_count("max_position_embeddings")?;
         let num_layers = config.required_count("num_hidden_layers")?;
         ModelSpec::check_num_layers(num_layers)?; // before anything is allocated by it
@@ -96,6 +89,10 @@ impl HfConfig {
             max_positions,
             // The default of all four reference classes, as are 10000 for theta and untied embeddings.
             norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            norm_offset: 0.0,
+            post_norms: false,
+            embedding_scale: 1.0,
+            logit_soft_cap: None,
             attention: Attention {
                 num_heads,
                 num_kv_heads: config.count("num_key_value_heads")?.unwrap_or(num_heads),
@@ -103,11 +100,15 @@ impl HfConfig {
                 qkv_bias: false,
                 out_bias: false,
                 qk_norm: false,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                soft_cap: None,
+                sinks: false,
             },
-            mlp: Mlp { size: config.required_count("intermediate_size")?, bias: false },
+            mlp: Mlp { size: config.required_count("intermediate_size")?, bias: false, activation },
             ropes: vec![RopeSpec::from_config(config, head_dim, max_positions, RopePairs::Halves)?],
             layers: vec![LayerSpec { window: None, rope: 0 }; num_layers],
             tied_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
+            names: TensorNames::LLAMA,
         })
     }
 
@@ -130,6 +131,22 @@ impl HfConfig {
         let method = self.map.get("quantization_config").and_then(|q| q.get("quant_method")).and_then(Value::as_str);
         method.unwrap_or("a method without a name").to_owned()
     }
+}
+
+/// The function on the gate that `key` names.
+pub(crate) fn activation(config: Object<'_>, key: &str) -> Result<Option<Activation>, ConfigError> {
+    Ok(match config.text(key)? {
+        None => None,
+        Some("silu" | "swish") => Some(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Some(Activation::GeluTanh),
+        Some(other) => {
+            return Err(ConfigError::Unsupported {
+                field: config.path(key),
+                found: other.into(),
+                supported: "silu, gelu_pytorch_tanh".into(),
+            });
+        }
+    })
 }
 
 fn known_architectures() -> String {
@@ -252,7 +269,10 @@ pub(crate) mod tests {
 
     #[test]
     fn what_we_do_not_implement_is_refused_by_name() {
-        check_error(json!({"hidden_act": "gelu"}), "hidden_act: gelu is not supported; supported: silu");
+        check_error(
+            json!({"hidden_act": "relu2"}),
+            "hidden_act: relu2 is not supported; supported: silu, gelu_pytorch_tanh",
+        );
         check_error(
             json!({"quantization_config": {"quant_method": "gptq"}}),
             "quantization_config: gptq is not supported; supported: weights in f32, f16 or bf16",

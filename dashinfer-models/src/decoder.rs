@@ -65,6 +65,10 @@ impl<B: Backend> Decoder<B> {
         on_progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
         spec.check()?;
+        if let Some(feature) = spec.features().into_iter().find(|feature| !backend.supports(*feature)) {
+            let (what, backend) = (feature.to_string(), backend.name());
+            return Err(KernelError::Unsupported { op: "load", what, backend }.into());
+        }
         let (weights, weights_from) = loader::load(&backend, &spec, source, quantization, cache, on_progress)?;
         let activations = Activations::new(&backend, &spec, limits)?;
         let ropes = spec.ropes.iter().map(|rope| rope.rope()).collect();
@@ -156,7 +160,7 @@ impl<B: Backend> Decoder<B> {
         cache: &mut B::KvCache,
         observe: &mut Observe<'_, B>,
     ) -> Result<(), KernelError> {
-        self.backend.embed(&mut self.activations.residual, &self.weights.embed)?;
+        self.backend.embed(&mut self.activations.residual, &self.weights.embed, self.spec.embedding_scale)?;
         let last = self.spec.num_layers() - 1;
         for layer in 0..last {
             self.project(layer, cache, observe)?;
@@ -203,15 +207,16 @@ impl<B: Backend> Decoder<B> {
             backend.add_rms_norm(&mut x.normed, &mut x.residual, &x.delta, norm, spec.norm_eps)?;
         }
         observe(backend, layer, &x.residual);
-        backend.linear(&mut x.qkv, &x.normed, &layer_weights.qkv)?;
-        let qk_norm = layer_weights.qk_norm.as_ref();
+        backend.linear(&mut x.qkv, &x.normed, &layer_weights.attention.qkv)?;
+        let qk_norm = layer_weights.attention.qk_norm.as_ref();
         let qk_norm = qk_norm.map(|norms| QkNorm { q: &norms.q, k: &norms.k, eps: spec.norm_eps });
         backend.rope_and_cache(&mut x.qkv, cache, layer, &spec.attention_params(facts), facts.rope, qk_norm)
     }
 
     fn attend(&mut self, layer: usize, cache: &B::KvCache) -> Result<(), KernelError> {
-        let Self { backend, spec, activations: x, .. } = self;
-        backend.attention(&mut x.heads, &x.qkv, cache, layer, &spec.attention_params(&spec.layers[layer]))
+        let Self { backend, spec, weights, activations: x, .. } = self;
+        let sinks = weights.layers[layer].attention.sinks.as_ref();
+        backend.attention(&mut x.heads, &x.qkv, cache, layer, &spec.attention_params(&spec.layers[layer]), sinks)
     }
 
     /// Gathers the rows that get logits, unless all do (a step of decodes). Returns whether it did.
@@ -229,13 +234,15 @@ impl<B: Backend> Decoder<B> {
     /// What follows attention in a layer: its output projection, and the MLP, whose result is left in `delta`.
     fn finish_layer(&mut self, layer: usize, picked: bool) -> Result<(), KernelError> {
         let Self { backend, spec, weights, activations: x, .. } = self;
-        let LayerWeights { attention_out, mlp_norm, gate_up, down, .. } = &weights.layers[layer];
+        let LayerWeights { attention, post_attention_norm, mlp_norm, mlp, post_mlp_norm, .. } = &weights.layers[layer];
         let (heads, residual) =
             if picked { (&x.picked_heads, &mut x.picked_residual) } else { (&x.heads, &mut x.residual) };
-        backend.linear(&mut x.delta, heads, attention_out)?;
+        backend.linear(&mut x.delta, heads, &attention.out)?;
+        post_norm(backend, &mut x.delta, &mut x.post, post_attention_norm.as_ref(), spec.norm_eps)?;
         backend.add_rms_norm(&mut x.normed, residual, &x.delta, mlp_norm, spec.norm_eps)?;
-        backend.gated_linear(&mut x.inner, &mut x.gate_up, &x.normed, gate_up)?;
-        backend.linear(&mut x.delta, &x.inner, down)
+        backend.gated_linear(&mut x.inner, &mut x.gate_up, &x.normed, &mlp.gate_up, spec.mlp.activation)?;
+        backend.linear(&mut x.delta, &x.inner, &mlp.down)?;
+        post_norm(backend, &mut x.delta, &mut x.post, post_mlp_norm.as_ref(), spec.norm_eps)
     }
 
     fn head(&mut self, picked: bool, observe: &mut Observe<'_, B>) -> Result<(), KernelError> {
@@ -243,8 +250,27 @@ impl<B: Backend> Decoder<B> {
         let residual = if picked { &mut x.picked_residual } else { &mut x.residual };
         backend.add_rms_norm(&mut x.normed, residual, &x.delta, &weights.norm, spec.norm_eps)?;
         observe(backend, spec.num_layers(), &x.normed);
-        backend.linear(&mut x.logits, &x.normed, weights.head.as_ref().unwrap_or(&weights.embed))
+        backend.linear(&mut x.logits, &x.normed, weights.head.as_ref().unwrap_or(&weights.embed))?;
+        match spec.logit_soft_cap {
+            Some(cap) => backend.soft_cap(&mut x.logits, cap),
+            None => Ok(()),
+        }
     }
+}
+
+/// Norms `delta` if its layer says so. The two tensors change places, twice in a layer: a recorded step finds them where they were.
+fn post_norm<B: Backend>(
+    backend: &mut B,
+    delta: &mut B::Tensor,
+    post: &mut Option<B::Tensor>,
+    norm: Option<&B::Vector>,
+    eps: f32,
+) -> Result<(), KernelError> {
+    if let (Some(post), Some(norm)) = (post, norm) {
+        backend.rms_norm(post, delta, norm, eps)?;
+        std::mem::swap(post, delta);
+    }
+    Ok(())
 }
 
 impl<B: Backend> std::fmt::Debug for Decoder<B> {

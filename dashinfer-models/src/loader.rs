@@ -7,7 +7,7 @@ use dashinfer_kernels::{Backend, DType, MatrixView, PackedShape, to_f32};
 use crate::{
     CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
     weight_cache::{StoredWeights, Writer},
-    weights::{Fill, HEAD_WEIGHT, LinearPlan, Plan, VectorPlan, Weights},
+    weights::{Fill, LinearPlan, Plan, VectorPlan, Weights},
 };
 
 /// How far loading has come.
@@ -104,7 +104,7 @@ pub(crate) fn prove(plan: &Plan, source: &dyn WeightSource) -> Result<LoadProgre
     }
     match missing[..] {
         [] => {}
-        [(name, _)] if name == HEAD_WEIGHT => return Err(WeightsError::MissingHead),
+        [(name, _)] if plan.head_weight().as_ref() == Some(name) => return Err(WeightsError::MissingHead),
         [(name, shape), ref rest @ ..] => {
             return Err(WeightsError::Missing { name: name.clone(), shape: shape.clone(), more: rest.len() });
         }
@@ -242,8 +242,9 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
     fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, LoadError> {
         let tensor = self.read(&plan.name, &[plan.len])?;
         let stored_bytes = tensor.bytes.len();
-        let values = tensor.to_f32();
+        let mut values = tensor.to_f32();
         drop(tensor);
+        values.iter_mut().for_each(|value| *value += plan.offset);
         let vector = self.backend.vector(&values)?;
         if let Some(writer) = &mut self.writer {
             writer.vector(self.backend, &values);

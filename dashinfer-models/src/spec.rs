@@ -2,9 +2,9 @@
 
 use std::{ops::RangeInclusive, path::Path};
 
-use dashinfer_kernels::{AttentionParams, CacheType, DType, KvCacheSpec};
+use dashinfer_kernels::{Activation, AttentionParams, CacheType, DType, Feature, KvCacheSpec};
 
-use crate::{ConfigError, HfConfig, RopeSpec};
+use crate::{ConfigError, HfConfig, RopeSpec, TensorNames};
 
 const SIZES: RangeInclusive<usize> = 1..=1 << 20;
 const MLP_SIZES: RangeInclusive<usize> = 1..=1 << 22;
@@ -31,6 +31,14 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// Added to the mean square in every RMSNorm.
     pub norm_eps: f32,
+    /// Added to the stored weights of every RMSNorm: 1 where checkpoints store what they differ from 1 by (Gemma), else 0.
+    pub norm_offset: f32,
+    /// Whether the outputs of attention and of the feed-forward layer are normed too, before they are added (Gemma 2, GLM-4).
+    pub post_norms: bool,
+    /// Factor on the embedding: 1 but in Gemma.
+    pub embedding_scale: f32,
+    /// With `Some(c)`, logits `x` become `c · tanh(x / c)`.
+    pub logit_soft_cap: Option<f32>,
     /// What all attention layers have in common.
     pub attention: Attention,
     /// What all feed-forward layers have in common.
@@ -41,10 +49,12 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// Whether the embedding is the output matrix too.
     pub tied_embeddings: bool,
+    /// What checkpoints call the parameters.
+    pub names: TensorNames,
 }
 
 /// Grouped-query attention. <https://arxiv.org/abs/2305.13245>
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Attention {
     /// Query heads, `H`.
@@ -59,16 +69,24 @@ pub struct Attention {
     pub out_bias: bool,
     /// Whether each q and k head is normed before it is rotated.
     pub qk_norm: bool,
+    /// Factor on `q · k`: `1 / √D` unless the config says otherwise.
+    pub scale: f32,
+    /// With `Some(c)`, scores `s` become `c · tanh(s / c)`.
+    pub soft_cap: Option<f32>,
+    /// Whether each head has a learned score for a position without a value, which every row sees.
+    pub sinks: bool,
 }
 
-/// The gated feed-forward layer: `down(silu(gate(x)) · up(x))`. <https://arxiv.org/abs/2002.05202>
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The gated feed-forward layer: `down(f(gate(x)) · up(x))`. <https://arxiv.org/abs/2002.05202>
+#[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Mlp {
     /// Inner size, `F`.
     pub size: usize,
     /// Whether the three projections have biases.
     pub bias: bool,
+    /// The function `f` on the gate.
+    pub activation: Activation,
 }
 
 /// What one layer has of its own.
@@ -99,13 +117,16 @@ impl ModelSpec {
     /// Parameters, the tied embedding counted once.
     #[must_use]
     pub fn num_parameters(&self) -> u64 {
-        let Attention { num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm } = self.attention;
+        let Attention { num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm, sinks, .. } = self.attention;
         let [vocab, hidden, mlp, layers] =
             [self.vocab_size, self.hidden_size, self.mlp.size, self.num_layers()].map(wide);
         let [q, kv] = [num_heads * head_dim, num_kv_heads * head_dim].map(wide);
-        let attention = 2 * hidden * (q + kv) + u64::from(qkv_bias) * (q + 2 * kv) + u64::from(out_bias) * hidden;
+        let attention = 2 * hidden * (q + kv)
+            + u64::from(qkv_bias) * (q + 2 * kv)
+            + u64::from(out_bias) * hidden
+            + u64::from(sinks) * wide(num_heads);
         let feed_forward = 3 * hidden * mlp + u64::from(self.mlp.bias) * (2 * mlp + hidden);
-        let norms = 2 * hidden + u64::from(qk_norm) * 2 * wide(head_dim);
+        let norms = if self.post_norms { 4 } else { 2 } * hidden + u64::from(qk_norm) * 2 * wide(head_dim);
         let embeddings = vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
         embeddings + layers * (attention + feed_forward + norms) + hidden
     }
@@ -125,9 +146,21 @@ impl ModelSpec {
 
     /// What the attention of layer `layer` needs to know.
     pub(crate) fn attention_params(&self, layer: &LayerSpec) -> AttentionParams {
-        let Attention { num_heads, num_kv_heads, head_dim, .. } = self.attention;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: layer.window }
+        let Attention { num_heads, num_kv_heads, head_dim, scale, soft_cap, .. } = self.attention;
+        AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: layer.window, soft_cap }
+    }
+
+    /// What the model needs of a backend beyond what every backend has.
+    #[must_use]
+    pub fn features(&self) -> Vec<Feature> {
+        let needed = [
+            (self.embedding_scale != 1.0, Feature::EmbeddingScale),
+            (self.mlp.activation == Activation::GeluTanh, Feature::GeluTanh),
+            (self.attention.soft_cap.is_some(), Feature::AttentionSoftCap),
+            (self.attention.sinks, Feature::AttentionSinks),
+            (self.logit_soft_cap.is_some(), Feature::LogitSoftCap),
+        ];
+        needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature)).collect()
     }
 
     /// Whether this describes a model at all. What passes can be multiplied together without overflow.
@@ -151,6 +184,10 @@ impl ModelSpec {
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return Err(ConfigError::value("rms_norm_eps", "above 0 and below 1", self.norm_eps));
         }
+        positive("the factor on attention scores", self.attention.scale)?;
+        positive("the factor on the embedding", self.embedding_scale)?;
+        positive("attn_logit_softcapping", self.attention.soft_cap.unwrap_or(1.0))?;
+        positive("final_logit_softcapping", self.logit_soft_cap.unwrap_or(1.0))?;
         for rope in &self.ropes {
             rope.check(head_dim)?;
         }
@@ -177,6 +214,13 @@ impl ModelSpec {
 
 fn wide(size: usize) -> u64 {
     size as u64
+}
+
+fn positive(field: &str, found: f32) -> Result<(), ConfigError> {
+    if found > 0.0 && found.is_finite() {
+        return Ok(());
+    }
+    Err(ConfigError::value(field, "a finite number above 0", found))
 }
 
 fn within(field: &str, found: usize, range: RangeInclusive<usize>) -> Result<(), ConfigError> {

@@ -22,14 +22,32 @@ pub(crate) struct Weights<L, V> {
 pub(crate) struct LayerWeights<L, V> {
     /// `[E]`
     pub(crate) attention_norm: V,
+    pub(crate) attention: AttentionWeights<L, V>,
+    /// `[E]`
+    pub(crate) post_attention_norm: Option<V>,
+    /// `[E]`
+    pub(crate) mlp_norm: V,
+    pub(crate) mlp: MlpWeights<L>,
+    /// `[E]`
+    pub(crate) post_mlp_norm: Option<V>,
+}
+
+/// Grouped-query attention.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct AttentionWeights<L, V> {
     /// `[(H + 2 K) · D, E]`
     pub(crate) qkv: L,
     /// `[D]` each
     pub(crate) qk_norm: Option<QkNormWeights<V>>,
+    /// `[H]`
+    pub(crate) sinks: Option<V>,
     /// `[E, H · D]`
-    pub(crate) attention_out: L,
-    /// `[E]`
-    pub(crate) mlp_norm: V,
+    pub(crate) out: L,
+}
+
+/// A gated feed-forward layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MlpWeights<L> {
     /// `[2 F, E]`
     pub(crate) gate_up: L,
     /// `[E, F]`
@@ -70,10 +88,12 @@ pub(crate) struct Part {
 }
 
 /// A vector to be uploaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct VectorPlan {
     pub(crate) name: String,
     pub(crate) len: usize,
+    /// Added to what is stored.
+    pub(crate) offset: f32,
 }
 
 /// Names and shapes of all parameters.
@@ -103,64 +123,29 @@ pub(crate) trait Fill<L, V> {
 }
 
 impl Plan {
-    /// The parameters of `spec`, by the names that the Llama, Mistral and Qwen families share.
+    /// The parameters of `spec`.
     pub(crate) fn new(spec: &ModelSpec) -> Self {
-        let hidden = spec.hidden_size;
-        let attention = spec.attention;
-        let (q_rows, kv_rows) = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim);
-        let layer = |index: usize| {
-            let linear = |parts: &[(&str, usize)], cols, bias| {
-                let part =
-                    |&(name, rows): &(&str, usize)| Part { module: format!("model.layers.{index}.{name}"), rows };
-                LinearPlan { parts: parts.iter().map(part).collect(), cols, bias, role: Role::Layer }
-            };
-            let vector = |name, len| VectorPlan { name: format!("model.layers.{index}.{name}.weight"), len };
-            let qkv = [("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows)];
-            let gate_up = [("mlp.gate_proj", spec.mlp.size), ("mlp.up_proj", spec.mlp.size)];
-            LayerWeights {
-                attention_norm: vector("input_layernorm", hidden),
-                qkv: linear(&qkv, hidden, attention.qkv_bias),
-                qk_norm: attention.qk_norm.then(|| QkNormWeights {
-                    q: vector("self_attn.q_norm", attention.head_dim),
-                    k: vector("self_attn.k_norm", attention.head_dim),
-                }),
-                attention_out: linear(&[("self_attn.o_proj", hidden)], q_rows, attention.out_bias),
-                mlp_norm: vector("post_attention_layernorm", hidden),
-                gate_up: linear(&gate_up, hidden, spec.mlp.bias),
-                down: linear(&[("mlp.down_proj", hidden)], spec.mlp.size, spec.mlp.bias),
-            }
-        };
+        let (hidden, names) = (spec.hidden_size, &spec.names);
         let vocab = |module: &str| LinearPlan {
             parts: vec![Part { module: module.to_owned(), rows: spec.vocab_size }],
             cols: hidden,
             bias: false,
             role: Role::Vocabulary,
         };
+        let norm =
+            |module: &str| VectorPlan { name: format!("{module}.weight"), len: hidden, offset: spec.norm_offset };
         Self {
-            embed: vocab("model.embed_tokens"),
-            layers: (0..spec.num_layers()).map(layer).collect(),
-            norm: VectorPlan { name: "model.norm.weight".into(), len: hidden },
-            head: (!spec.tied_embeddings).then(|| vocab(HEAD)),
+            embed: vocab(names.embed),
+            layers: (0..spec.num_layers()).map(|layer| LayerNames { spec, layer }.plan()).collect(),
+            norm: norm(names.norm),
+            head: (!spec.tied_embeddings).then(|| vocab(names.head)),
         }
     }
 
     /// The same structure with every plan replaced by what `fill` makes of it, in the order of the forward pass.
     pub(crate) fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<Weights<L, V>, F::Error> {
         let embed = fill.linear(&self.embed)?;
-        let layers = self.layers.iter().map(|layer| {
-            Ok(LayerWeights {
-                attention_norm: fill.vector(&layer.attention_norm)?,
-                qkv: fill.linear(&layer.qkv)?,
-                qk_norm: match &layer.qk_norm {
-                    Some(norms) => Some(QkNormWeights { q: fill.vector(&norms.q)?, k: fill.vector(&norms.k)? }),
-                    None => None,
-                },
-                attention_out: fill.linear(&layer.attention_out)?,
-                mlp_norm: fill.vector(&layer.mlp_norm)?,
-                gate_up: fill.linear(&layer.gate_up)?,
-                down: fill.linear(&layer.down)?,
-            })
-        });
+        let layers = self.layers.iter().map(|layer| layer.fill(fill));
         Ok(Weights {
             layers: layers.collect::<Result<_, _>>()?,
             norm: fill.vector(&self.norm)?,
@@ -196,12 +181,104 @@ impl Plan {
     /// Whether a tensor that the plan does not ask for may be in a checkpoint all the same.
     pub(crate) fn ignores(&self, name: &str) -> bool {
         // Old exports store the rotary frequencies, which follow from the config; tied ones may store the embedding twice.
-        name.ends_with(".rotary_emb.inv_freq") || (self.head.is_none() && name == HEAD_WEIGHT)
+        name.ends_with(".rotary_emb.inv_freq") || (self.head.is_none() && name == "lm_head.weight")
+    }
+
+    /// The tensor of the output matrix, if it has one of its own.
+    pub(crate) fn head_weight(&self) -> Option<String> {
+        self.head.as_ref().map(|head| head.parts[0].weight())
     }
 }
 
-const HEAD: &str = "lm_head";
-pub(crate) const HEAD_WEIGHT: &str = "lm_head.weight";
+/// The layer `layer` of a model, to name its parameters.
+struct LayerNames<'a> {
+    spec: &'a ModelSpec,
+    layer: usize,
+}
+
+impl LayerNames<'_> {
+    fn plan(&self) -> LayerWeights<LinearPlan, VectorPlan> {
+        let spec = self.spec;
+        let (hidden, names) = (spec.hidden_size, &spec.names);
+        let norm = |name| self.norm(name, hidden);
+        LayerWeights {
+            attention_norm: norm(names.attention_norm),
+            attention: self.attention(),
+            post_attention_norm: spec.post_norms.then(|| norm(names.post_attention_norm)),
+            mlp_norm: norm(names.mlp_norm),
+            mlp: MlpWeights {
+                gate_up: self.linear(names.gate_up, &[spec.mlp.size; 2], hidden, spec.mlp.bias),
+                down: self.linear(&[names.down], &[hidden], spec.mlp.size, spec.mlp.bias),
+            },
+            post_mlp_norm: spec.post_norms.then(|| norm(names.post_mlp_norm)),
+        }
+    }
+
+    fn attention(&self) -> AttentionWeights<LinearPlan, VectorPlan> {
+        let (attention, names) = (&self.spec.attention, &self.spec.names);
+        let [q_rows, kv_rows] = [attention.num_heads, attention.num_kv_heads].map(|heads| heads * attention.head_dim);
+        let hidden = self.spec.hidden_size;
+        AttentionWeights {
+            qkv: self.linear(names.qkv, &[q_rows, kv_rows, kv_rows], hidden, attention.qkv_bias),
+            qk_norm: attention.qk_norm.then(|| {
+                let [q, k] = names.qk_norm.map(|name| self.norm(name, attention.head_dim));
+                QkNormWeights { q, k }
+            }),
+            sinks: attention.sinks.then(|| VectorPlan {
+                name: self.name(names.sinks),
+                len: attention.num_heads,
+                offset: 0.0,
+            }),
+            out: self.linear(&[names.attention_out], &[hidden], q_rows, attention.out_bias),
+        }
+    }
+
+    fn name(&self, name: &str) -> String {
+        format!("{}.{}.{name}", self.spec.names.layers, self.layer)
+    }
+
+    fn norm(&self, name: &str, len: usize) -> VectorPlan {
+        VectorPlan { name: format!("{}.weight", self.name(name)), len, offset: self.spec.norm_offset }
+    }
+
+    /// A matrix of parts of `rows` rows, each a module of its own or all in one.
+    fn linear(&self, modules: &[&str], rows: &[usize], cols: usize, bias: bool) -> LinearPlan {
+        let parts = match modules {
+            [all] => vec![Part { module: self.name(all), rows: rows.iter().sum() }],
+            _ => {
+                debug_assert_eq!(modules.len(), rows.len(), "one module for each part, or one for all");
+                let parts = modules.iter().zip(rows);
+                parts.map(|(module, rows)| Part { module: self.name(module), rows: *rows }).collect()
+            }
+        };
+        LinearPlan { parts, cols, bias, role: Role::Layer }
+    }
+}
+
+impl LayerWeights<LinearPlan, VectorPlan> {
+    fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<LayerWeights<L, V>, F::Error> {
+        Ok(LayerWeights {
+            attention_norm: fill.vector(&self.attention_norm)?,
+            attention: AttentionWeights {
+                qkv: fill.linear(&self.attention.qkv)?,
+                qk_norm: match &self.attention.qk_norm {
+                    Some(norms) => Some(QkNormWeights { q: fill.vector(&norms.q)?, k: fill.vector(&norms.k)? }),
+                    None => None,
+                },
+                sinks: optional(fill, self.attention.sinks.as_ref())?,
+                out: fill.linear(&self.attention.out)?,
+            },
+            post_attention_norm: optional(fill, self.post_attention_norm.as_ref())?,
+            mlp_norm: fill.vector(&self.mlp_norm)?,
+            mlp: MlpWeights { gate_up: fill.linear(&self.mlp.gate_up)?, down: fill.linear(&self.mlp.down)? },
+            post_mlp_norm: optional(fill, self.post_mlp_norm.as_ref())?,
+        })
+    }
+}
+
+fn optional<L, V, F: Fill<L, V>>(fill: &mut F, vector: Option<&VectorPlan>) -> Result<Option<V>, F::Error> {
+    vector.map(|vector| fill.vector(vector)).transpose()
+}
 
 #[cfg(test)]
 mod tests {

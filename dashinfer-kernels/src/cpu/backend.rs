@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 
 use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionRange, CpuKvCache, Work};
+use super::gelu_mul;
 use super::isa::Isa;
 use super::linear::{self, PackedMatrix, Product, SendPtr};
 use super::linear_bf16::{self, Rounded};
+use super::math::soft_cap;
 use super::pool::{PoolConfig, ThreadPool};
 use super::quantized::{self, Activations, QuantizedMatrix};
 use super::rms_norm::{self, RmsNormRow};
@@ -15,8 +17,8 @@ use super::silu_mul::{self, SiluMulRow};
 use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
-    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PackedShape, PagedBatch, QkNorm,
-    Rope, SampleRow, Sampled, Scheme, SharedBytes, StepRows, TensorUse,
+    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, PackedShape,
+    PagedBatch, QkNorm, Rope, SampleRow, Sampled, Scheme, SharedBytes, StepRows, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -287,6 +289,16 @@ impl Backend for CpuBackend {
         "cpu"
     }
 
+    fn supports(&self, feature: Feature) -> bool {
+        match feature {
+            Feature::EmbeddingScale
+            | Feature::GeluTanh
+            | Feature::AttentionSoftCap
+            | Feature::AttentionSinks
+            | Feature::LogitSoftCap => true,
+        }
+    }
+
     fn tensor(&self, max_rows: usize, cols: usize, _: TensorUse) -> Result<CpuTensor, KernelError> {
         let data = AlignedBuf::zeroed("activations", max_rows.saturating_mul(cols))?;
         Ok(CpuTensor { data, rows: 0, cols })
@@ -390,7 +402,7 @@ impl Backend for CpuBackend {
         Ok(Issue::Operators)
     }
 
-    fn embed(&mut self, out: &mut CpuTensor, table: &CpuLinear) -> Result<(), KernelError> {
+    fn embed(&mut self, out: &mut CpuTensor, table: &CpuLinear, scale: f32) -> Result<(), KernelError> {
         let ids = &self.ids;
         out.resize("embed", ids.len(), table.cols())?;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
@@ -402,6 +414,9 @@ impl Backend for CpuBackend {
             // SAFETY: `out` has a row for each id, and each is written by one task.
             let out = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols), cols) };
             table.read_row(ids[row] as usize, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
         });
         Ok(())
     }
@@ -533,20 +548,29 @@ impl Backend for CpuBackend {
         cache: &CpuKvCache,
         layer: usize,
         params: &AttentionParams,
+        sinks: Option<&Vec<f32>>,
     ) -> Result<(), KernelError> {
         self.check_attention("attention", qkv, cache.spec(), layer, params)?;
         out.resize("attention", qkv.rows, params.num_heads * params.head_dim)?;
+        if let Some(sinks) = sinks {
+            check("attention", "number of sinks", params.num_heads, sinks.len())?;
+        }
         let out = SendPtr(out.data.as_mut_ptr());
-        let work = Work { params, batch: &self.batch, cache, layer, qkv: qkv.values(), out };
+        let sinks = sinks.map(Vec::as_slice);
+        let work = Work { params, batch: &self.batch, cache, layer, qkv: qkv.values(), sinks, out };
         attention::run(self.attend, &work, &mut self.attention_scratch, &self.pool);
         Ok(())
     }
 
-    fn silu_mul(&mut self, out: &mut CpuTensor, x: &CpuTensor) -> Result<(), KernelError> {
+    fn gate(&mut self, out: &mut CpuTensor, x: &CpuTensor, activation: Activation) -> Result<(), KernelError> {
         let cols = x.cols / 2;
-        check("silu_mul", "columns of x", 2 * cols, x.cols)?;
-        out.resize("silu_mul", x.rows, cols)?;
-        let (to, silu) = (SendPtr(out.data.as_mut_ptr()), self.silu);
+        check("gate", "columns of x", 2 * cols, x.cols)?;
+        out.resize("gate", x.rows, cols)?;
+        let run = match activation {
+            Activation::Silu => self.silu,
+            Activation::GeluTanh => gelu_mul::row,
+        };
+        let to = SendPtr(out.data.as_mut_ptr());
         // A row is cut into parts of whole vectors, so that a decode's one row is shared too.
         const PART: usize = 2048;
         let parts = cols.div_ceil(PART);
@@ -557,7 +581,17 @@ impl Backend for CpuBackend {
             // SAFETY: the part lies in row `row` of `out`, and each part is written by one task.
             let out = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols + first), width) };
             // SAFETY: all are `width` long; the variant was chosen for this machine.
-            unsafe { silu(out, &gate[first..][..width], &up[first..][..width]) };
+            unsafe { run(out, &gate[first..][..width], &up[first..][..width]) };
+        });
+        Ok(())
+    }
+
+    fn soft_cap(&mut self, logits: &mut CpuTensor, cap: f32) -> Result<(), KernelError> {
+        let (rows, cols, at) = (logits.rows, logits.cols, SendPtr(logits.data.as_mut_ptr()));
+        Self::for_rows(&self.pool, rows, cols, &|row| {
+            // SAFETY: the row lies in `logits`, and each row is written by one task.
+            let row = unsafe { std::slice::from_raw_parts_mut(at.get().add(row * cols), cols) };
+            soft_cap(row, cap);
         });
         Ok(())
     }

@@ -1,4 +1,40 @@
-//! `exp` in eight lanes, and in four.
+//! `exp` in eight lanes, and in four; `tanh` of one value, in loops that a compiler can make vectors of.
+
+/// `x` for small sizes, ±1 for large ones, within 2e-7: `1 − 2 / (exp(2 |x|) + 1)`, with the sign of `x`.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    // Beyond it the result is 1, and the power would grow without need.
+    let size = x.abs().min(10.0);
+    let power = 2.0 * std::f32::consts::LOG2_E * size;
+    let whole = power as i32; // of a number that is not negative: its floor
+    let rest = power - whole as f32;
+    let mut p = EXP2_OF_UNIT[0];
+    for c in &EXP2_OF_UNIT[1..] {
+        p = p * rest + c;
+    }
+    let exp = p * f32::from_bits(((whole + 127) as u32) << 23);
+    (1.0 - 2.0 / (exp + 1.0)).copysign(x)
+}
+
+/// `row = cap · tanh(row / cap)`
+pub(crate) fn soft_cap(row: &mut [f32], cap: f32) {
+    let inverse = 1.0 / cap;
+    row.iter_mut().for_each(|x| *x = cap * tanh(*x * inverse));
+}
+
+/// Of `2^r` for `0 <= r < 1`: the Taylor series to degree 9, highest first; what it leaves out is below 1e-8.
+const EXP2_OF_UNIT: [f32; 10] = [
+    1.017_808_6e-7,
+    1.321_548_7e-6,
+    1.525_273_4e-5,
+    1.540_353e-4,
+    1.333_355_8e-3,
+    9.618_129e-3,
+    5.550_411e-2,
+    0.240_226_5,
+    std::f32::consts::LN_2,
+    1.0,
+];
 
 /// `exp` of eight values: range reduction by `ln 2` in two parts, then a polynomial of degree 6 (its coefficients are those of
 /// the Taylor series; on `|r| <= ln 2 / 2` the remainder is below 2e-7 relative). Below −87.3 the result is 0; above 88.3
@@ -113,6 +149,7 @@ pub(crate) fn sum8(x: std::arch::x86_64::__m256) -> f32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::{soft_cap, tanh};
     pub(crate) use crate::random::noise;
 
     /// Checks `exp` of a few values at a time.
@@ -128,6 +165,18 @@ pub(crate) mod tests {
         let mut ends = [0.0; LANES];
         ends[..2].copy_from_slice(&[f32::NEG_INFINITY, -100.0]);
         assert_eq!(exp(&ends)[..3], [0.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn tanh_is_close_everywhere() {
+        for i in -40_000..=40_000 {
+            let x = i as f32 * 5e-4;
+            assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() <= 2e-7, "{x}: {}", tanh(x));
+        }
+        assert_eq!((tanh(f32::INFINITY), tanh(-1e30), tanh(0.0)), (1.0, -1.0, 0.0));
+        let mut row = [100.0, -1.0, 0.0];
+        soft_cap(&mut row, 30.0);
+        assert!((row[0] - 30.0 * (100f32 / 30.0).tanh()).abs() < 1e-4 && row[2] == 0.0, "{row:?}");
     }
 
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]

@@ -5,6 +5,7 @@ mod aligned;
 mod amx;
 mod attention;
 mod backend;
+mod gelu_mul;
 mod isa;
 mod linear;
 mod linear_bf16;

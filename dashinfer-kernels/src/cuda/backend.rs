@@ -29,8 +29,8 @@ use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
-    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope, SampleRow, Sampled,
-    Scheme, StepRows, TensorUse, to_f32,
+    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope,
+    SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -40,6 +40,10 @@ pub struct CudaConfig {
     pub dtype: DType,
     /// Whether a row's result must not depend on the rows beside it, nor on whether it is computed in a prompt or as a decode.
     pub deterministic: bool,
+}
+
+fn unsupported(op: &'static str, feature: Feature) -> KernelError {
+    KernelError::Unsupported { op, what: feature.to_string(), backend: "cuda" }
 }
 
 /// Rows of the largest step that is recorded.
@@ -389,7 +393,14 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear) -> Result<(), KernelError> {
+    fn supports(&self, _: Feature) -> bool {
+        false
+    }
+
+    fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear, scale: f32) -> Result<(), KernelError> {
+        if scale != 1.0 {
+            return Err(unsupported("embed", Feature::EmbeddingScale));
+        }
         out.resize("embed", self.current.rows, table.cols)?;
         let [ids, carried, last] = [section::IDS, section::CARRIED, section::LAST_IDS].map(|of| self.steps.section(of));
         let sizes = [out.rows, out.cols];
@@ -438,15 +449,16 @@ impl Backend for CudaBackend {
         scratch: &mut CudaTensor,
         x: &CudaTensor,
         weight: &CudaLinear,
+        activation: Activation,
     ) -> Result<(), KernelError> {
         const OP: &str = "gated_linear";
         check(OP, "columns of x", weight.cols, x.cols)?;
         out.resize(OP, x.rows, weight.rows / 2)?;
-        if self.linears.run_gated(out.span(), x.span(), x.rows, weight)? {
+        if activation == Activation::Silu && self.linears.run_gated(out.span(), x.span(), x.rows, weight)? {
             return Ok(());
         }
         self.linear(scratch, x, weight)?;
-        self.silu_mul(out, scratch)
+        self.gate(out, scratch, activation)
     }
 
     fn rope_and_cache(
@@ -500,8 +512,15 @@ impl Backend for CudaBackend {
         cache: &CudaKvCache,
         layer: usize,
         params: &AttentionParams,
+        sinks: Option<&CudaVector>,
     ) -> Result<(), KernelError> {
         const OP: &str = "attention";
+        if sinks.is_some() {
+            return Err(unsupported(OP, Feature::AttentionSinks));
+        }
+        if params.soft_cap.is_some() {
+            return Err(unsupported(OP, Feature::AttentionSoftCap));
+        }
         self.check_attention(OP, qkv, cache, layer, params)?;
         out.resize(OP, qkv.rows, params.num_heads * params.head_dim)?;
         let of = (cache.id, layer, qkv.buffer.ptr());
@@ -524,10 +543,13 @@ impl Backend for CudaBackend {
         unsafe { self.attention.run(&operands, params, &self.plan, self.max_slots) }
     }
 
-    fn silu_mul(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {
+    fn gate(&mut self, out: &mut CudaTensor, x: &CudaTensor, activation: Activation) -> Result<(), KernelError> {
         let cols = x.cols / 2;
-        check("silu_mul", "columns of x", 2 * cols, x.cols)?;
-        out.resize("silu_mul", x.rows, cols)?;
+        check("gate", "columns of x", 2 * cols, x.cols)?;
+        out.resize("gate", x.rows, cols)?;
+        if activation != Activation::Silu {
+            return Err(unsupported("gate", Feature::GeluTanh));
+        }
         self.silu.run(&self.device, out.span(), x.span(), [x.rows, cols])
     }
 
@@ -578,7 +600,7 @@ mod tests {
 
     const CONTEXTS: [usize; 3] = [70, 1, 300];
     const PARAMS: AttentionParams =
-        AttentionParams { num_heads: 14, num_kv_heads: 2, head_dim: 64, scale: 0.125, window: None };
+        AttentionParams { num_heads: 14, num_kv_heads: 2, head_dim: 64, scale: 0.125, window: None, soft_cap: None };
     const COLS: usize = (14 + 2 * 2) * 64;
 
     fn decodes() -> PagedBatch {
@@ -632,7 +654,7 @@ mod tests {
                 while issue == Issue::Operators {
                     qkv.rows = backend.current.rows;
                     backend.rope_and_cache(&mut qkv, &mut cache, 0, &PARAMS, 0, None).unwrap();
-                    backend.attention(&mut out, &qkv, &cache, 0, &PARAMS).unwrap();
+                    backend.attention(&mut out, &qkv, &cache, 0, &PARAMS, None).unwrap();
                     issue = backend.end_step(Ok(())).unwrap();
                 }
                 [0, 1, 2].map(|row| backend.read_row(&out, row).unwrap())

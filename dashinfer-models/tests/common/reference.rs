@@ -5,8 +5,8 @@
 use std::collections::VecDeque;
 
 use dashinfer_kernels::{
-    AttentionParams, Backend, DType, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch, QkNorm, Rope, RopePairs,
-    SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
+    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch,
+    QkNorm, Rope, RopePairs, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
 };
 
 #[derive(Debug, Default)]
@@ -148,8 +148,13 @@ impl Backend for Reference {
         Ok(Issue::Operators)
     }
 
-    fn embed(&mut self, out: &mut Tensor, table: &Matrix) -> Result<(), KernelError> {
-        out.set("embed", self.ids.iter().map(|id| &table.data[*id as usize * table.cols..][..table.cols]))
+    fn supports(&self, _: Feature) -> bool {
+        true
+    }
+
+    fn embed(&mut self, out: &mut Tensor, table: &Matrix, scale: f32) -> Result<(), KernelError> {
+        let row = |id: &u32| table.data[*id as usize * table.cols..][..table.cols].iter().map(|x| x * scale).collect();
+        out.set("embed", self.ids.iter().map(|id| -> Vec<f32> { row(id) }))
     }
 
     fn rms_norm(&mut self, out: &mut Tensor, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<(), KernelError> {
@@ -213,8 +218,9 @@ impl Backend for Reference {
         cache: &Cache,
         layer: usize,
         params: &AttentionParams,
+        sinks: Option<&Vec<f32>>,
     ) -> Result<(), KernelError> {
-        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window } = *params;
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, soft_cap } = *params;
         let mut rows = Vec::new();
         for sequence in &self.batch.sequences {
             let blocks = &self.batch.block_table[sequence.first_block..][..sequence.num_blocks];
@@ -231,9 +237,10 @@ impl Backend for Reference {
                     let q = &qkv.row(sequence.first_row + i)[head * head_dim..][..head_dim];
                     let at = head / (num_heads / num_kv_heads) * head_dim..;
                     let scores = (first..=position).map(|p| scale * dot(q, &cached(p).0[at.clone()][..head_dim]));
-                    let scores: Vec<f32> = scores.collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let total: f32 = scores.iter().map(|score| (score - max).exp()).sum();
+                    let scores: Vec<f32> = scores.map(|s| soft_cap.map_or(s, |cap| cap * (s / cap).tanh())).collect();
+                    let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
+                    let max = scores.iter().copied().fold(sink, f32::max);
+                    let total: f32 = scores.iter().map(|score| (score - max).exp()).sum::<f32>() + (sink - max).exp();
                     for (p, score) in (first..=position).zip(&scores) {
                         let share = (score - max).exp() / total;
                         out.iter_mut().zip(&cached(p).1[at.clone()]).for_each(|(out, v)| *out += share * v);
@@ -245,12 +252,22 @@ impl Backend for Reference {
         out.set("attention", rows.iter())
     }
 
-    fn silu_mul(&mut self, out: &mut Tensor, x: &Tensor) -> Result<(), KernelError> {
+    fn gate(&mut self, out: &mut Tensor, x: &Tensor, activation: Activation) -> Result<(), KernelError> {
+        let f = |g: f32| match activation {
+            Activation::Silu => g / (1.0 + (-g).exp()),
+            Activation::GeluTanh => 0.5 * g * (1.0 + (0.797_884_6 * (g + 0.044_715 * g.powi(3))).tanh()),
+            other => panic!("an activation without a reference: {other:?}"),
+        };
         let rows = x.rows().map(|row| -> Vec<f32> {
             let (gate, up) = row.split_at(row.len() / 2);
-            gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+            gate.iter().zip(up).map(|(g, u)| f(*g) * u).collect()
         });
-        out.set("silu_mul", rows)
+        out.set("gate", rows)
+    }
+
+    fn soft_cap(&mut self, logits: &mut Tensor, cap: f32) -> Result<(), KernelError> {
+        logits.data.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        Ok(())
     }
 
     fn gather_logit_rows(&mut self, out: &mut Tensor, x: &Tensor) -> Result<(), KernelError> {

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::super::math::soft_cap;
 use super::cache::{GROUP, Side};
 use super::{Partial, RANGE, Span};
 use crate::CacheType;
@@ -53,6 +54,7 @@ pub(super) struct Product<'a> {
 }
 
 /// A range's scales of keys and values; of a type without, the slices are empty.
+#[derive(Clone, Copy)]
 pub(super) struct Scales<'a> {
     pub(super) keys: &'a [f32],
     pub(super) values: &'a [f32],
@@ -127,14 +129,24 @@ unsafe fn range_of<T: Tiles, const KEY: u8, const VALUE: u8>(
     let scales = read_scales(span, any.clone(), scales);
     // SAFETY: positions up to `any.end` have blocks; the scores are those of all queries.
     unsafe { score_keys::<T, KEY>(span, any, scores) };
+    let cap = span.work.soft_cap();
+    let softened = if cap.is_some() { Scales { keys: &[], ..scales } } else { scales };
     for (query, scores) in scores.iter_mut().enumerate() {
         let seen = span.seen(rows.start + query / group);
         if seen.is_empty() {
             partial.max[query] = f32::NEG_INFINITY;
             continue;
         }
+        if let Some(cap) = cap {
+            // A cap is on whole scores, so the keys' scales come first.
+            for (score, scale) in scores[seen.clone()].iter_mut().zip(scales.keys.get(seen.clone()).unwrap_or_default())
+            {
+                *score *= scale;
+            }
+            soft_cap(&mut scores[seen.clone()], cap);
+        }
         // SAFETY: `seen` is not empty; the rest is the caller's promise.
-        let Softened { max, sum, offset } = unsafe { T::soften(scores, seen, &scales) };
+        let Softened { max, sum, offset } = unsafe { T::soften(scores, seen, &softened) };
         (partial.max[query], partial.sum[query]) = (max, sum);
         let width = partial.width();
         partial.out[query * width..][..width].fill(offset);

@@ -69,6 +69,8 @@ pub(crate) struct Work<'a> {
     pub(crate) layer: usize,
     /// `[T, (H + 2 K) · D]`
     pub(crate) qkv: &'a [f32],
+    /// `[H]`: the score of a position without a value that every row sees, if there is one.
+    pub(crate) sinks: Option<&'a [f32]>,
     /// `[T, H · D]`
     pub(crate) out: SendPtr<f32>,
 }
@@ -87,6 +89,11 @@ impl Work<'_> {
         let d = self.params.head_dim;
         let stride = (self.params.num_heads + 2 * self.params.num_kv_heads) * d;
         &self.qkv[row * stride + head * d..][..d]
+    }
+
+    /// The cap on scores in units of which they are exponents of two.
+    fn soft_cap(&self) -> Option<f32> {
+        self.params.soft_cap.map(|cap| cap * std::f32::consts::LOG2_E)
     }
 
     /// The positions that `row` of a sequence sees.
@@ -124,7 +131,8 @@ impl Work<'_> {
         let (group, d) = (self.group(), self.params.head_dim);
         for (i, row) in unit.rows.clone().enumerate() {
             for j in 0..group {
-                let value = &mut sum.mean(i * group + j)[..d];
+                let sink = self.sinks.map(|sinks| sinks[unit.kv_head * group + j] * std::f32::consts::LOG2_E);
+                let value = &mut sum.mean(i * group + j, sink)[..d];
                 if self.cache.spec().cache_type == CacheType::Uint4 {
                     uint4::rotate(value);
                 }
@@ -192,7 +200,8 @@ struct WorkerScratch {
 }
 
 /// `out[t, h] = Σ_p softmax_p(scale · q[t, h] · k[p, h / (H / K)]) · v[p, h / (H / K)]` over the positions `p` that row `t` sees:
-/// those of its own sequence up to its own, and within the window if there is one. Sums are in f32; variants agree to 1e-5
+/// those of its own sequence up to its own, and within the window if there is one; with soft caps and sinks as
+/// [`Backend::attention`](crate::Backend::attention) says. Sums are in f32; variants agree to 1e-5
 /// relative to the largest output.
 ///
 /// The caller has checked shapes, slots and block tables.
@@ -314,6 +323,7 @@ mod tests {
         batch: PagedBatch,
         cache: CpuKvCache,
         qkv: Vec<f32>,
+        sinks: Option<Vec<f32>>,
     }
 
     impl Case {
@@ -361,7 +371,7 @@ mod tests {
             }
             let stride = (params.num_heads + 2 * params.num_kv_heads) * d;
             let qkv = noise(batch.positions.len() * stride, seed ^ 2);
-            Self { params, batch, cache, qkv }
+            Self { params, batch, cache, qkv, sinks: None }
         }
 
         fn run(&self, variant: AttentionRange, pool: &ThreadPool) -> Vec<f32> {
@@ -371,8 +381,8 @@ mod tests {
         /// Runs other rows over the same cache.
         fn run_batch(&self, batch: &PagedBatch, qkv: &[f32], variant: AttentionRange, pool: &ThreadPool) -> Vec<f32> {
             let mut out = vec![f32::NAN; batch.positions.len() * self.params.num_heads * self.params.head_dim];
-            let work =
-                Work { params: &self.params, batch, cache: &self.cache, layer: 1, qkv, out: SendPtr(out.as_mut_ptr()) };
+            let (sinks, out_ptr) = (self.sinks.as_deref(), SendPtr(out.as_mut_ptr()));
+            let work = Work { params: &self.params, batch, cache: &self.cache, layer: 1, qkv, sinks, out: out_ptr };
             run(variant, &work, &mut Scratch::default(), pool);
             out
         }
@@ -380,7 +390,7 @@ mod tests {
 
     fn params(num_kv_heads: usize, group: usize, head_dim: usize, window: Option<usize>) -> AttentionParams {
         let scale = (head_dim as f32).powf(-0.5) * 3.0;
-        AttentionParams { num_heads: num_kv_heads * group, num_kv_heads, head_dim, scale, window }
+        AttentionParams { num_heads: num_kv_heads * group, num_kv_heads, head_dim, scale, window, soft_cap: None }
     }
 
     proptest! {
@@ -390,14 +400,16 @@ mod tests {
         fn every_variant_agrees_with_scalar(
             kv_heads in 1usize..3, group in 1usize..9, head_dim in 1usize..70,
             window in prop_oneof![Just(0usize), 1usize..60, 200usize..400],
+            cap in prop_oneof![Just(None), (0.5f32..20.0).prop_map(Some)], sinks: bool,
             sequences in prop::collection::vec((prop_oneof![1usize..150, 200usize..500], 1usize..12), 1..4), block in 0usize..4, which in 0usize..5,
             seed: u64,
         ) {
             let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
             let sequences: Vec<_> = sequences.iter().map(|&(context, rows)| (context, rows.min(context))).collect();
-            let params = params(kv_heads, group, head_dim, (window > 0).then_some(window));
+            let params = AttentionParams { soft_cap: cap, ..params(kv_heads, group, head_dim, (window > 0).then_some(window)) };
             let cache_type = CacheType::ALL[which];
-            let case = Case::new(params, [16, 32, 64, 128][block], cache_type, &sequences, seed);
+            let mut case = Case::new(params, [16, 32, 64, 128][block], cache_type, &sequences, seed);
+            case.sinks = sinks.then(|| noise(params.num_heads, seed ^ 3));
             let want = case.run(scalar::range, &pool);
             for v in supported(VARIANTS) {
                 for (i, (out, want)) in case.run(v.run, &pool).iter().zip(&want).enumerate() {
@@ -405,6 +417,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A position with a key of zero has the score 0, and one with a value of zero adds nothing: what a sink of 0 is.
+    #[test]
+    fn a_sink_takes_its_share() {
+        let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
+        let mut case = Case::new(params(1, 2, 16, None), 16, CacheType::F32, &[(40, 3)], 11);
+        let plain = case.run(best(Isa::best()), &pool);
+        case.sinks = Some(vec![0.0, f32::NEG_INFINITY]);
+        let found = case.run(best(Isa::best()), &pool);
+        for (row, (found, plain)) in found.chunks_exact(32).zip(plain.chunks_exact(32)).enumerate() {
+            assert_eq!(found[16..], plain[16..], "the second head's sink is far below");
+            // All values shrink by one factor, the share of what is seen.
+            let share = found[0] / plain[0];
+            assert!(share > 0.5 && share < 0.999, "{share}");
+            for (found, plain) in found[..16].iter().zip(plain) {
+                assert!((found - share * plain).abs() < 1e-5, "row {row}: {found}, {plain}");
+            }
+        }
+        case.sinks = Some(vec![1e4; 2]);
+        assert!(case.run(best(Isa::best()), &pool).iter().all(|x| *x == 0.0), "a sink far above takes all");
     }
 
     #[test]

@@ -62,10 +62,11 @@ impl<'a> Partial<'a> {
         }
     }
 
-    /// One query's output: the mean of the values by weight.
-    pub(super) fn mean(&mut self, query: usize) -> &mut [f32] {
+    /// One query's output: the mean of the values by weight, with a value of zero for the score `sink` among them.
+    pub(super) fn mean(&mut self, query: usize, sink: Option<f32>) -> &mut [f32] {
         let width = self.width();
-        let scale = 1.0 / self.sum[query];
+        let zero = sink.map_or(0.0, |sink| (sink - self.max[query]).exp2());
+        let scale = 1.0 / (self.sum[query] + zero);
         let out = &mut self.out[query * width..][..width];
         out.iter_mut().for_each(|x| *x *= scale);
         out
@@ -89,6 +90,6 @@ mod tests {
         sum.add(&Partial::new(&mut high, 1));
         sum.add(&Partial::new(&mut [f32::NEG_INFINITY, 0.0, 5.0, 5.0], 1));
         assert_eq!((sum.max[0], sum.sum[0]), (3.0, 1.0));
-        assert_eq!(sum.mean(0), [4.0 / 4.0 + 10.0, 6.0 / 4.0 + 20.0]);
+        assert_eq!(sum.mean(0, None), [4.0 / 4.0 + 10.0, 6.0 / 4.0 + 20.0]);
     }
 }

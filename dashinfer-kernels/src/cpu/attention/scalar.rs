@@ -1,5 +1,6 @@
 //! The definition of paged attention: softmax over the visible positions of a range, one query at a time.
 
+use super::super::math::soft_cap;
 use super::cache::Side;
 use super::{Partial, Span};
 
@@ -16,6 +17,9 @@ pub(super) fn range(span: &Span<'_>, _scratch: &mut Vec<f32>, partial: &mut Part
         };
         let score = |position| (0..work.params.head_dim).map(|i| q[i] * cached(Side::Keys, i, position)).sum::<f32>();
         let mut weights: Vec<f32> = seen.clone().map(score).collect();
+        if let Some(cap) = work.soft_cap() {
+            soft_cap(&mut weights, cap);
+        }
         let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         weights.iter_mut().for_each(|weight| *weight = (*weight - max).exp2());
         partial.max[query] = max;

@@ -253,7 +253,7 @@ mod tests {
 
         /// The formula in f64.
         fn reference(&self) -> Vec<f64> {
-            let AttentionParams { num_heads, num_kv_heads, head_dim: d, scale, window } = self.params;
+            let AttentionParams { num_heads, num_kv_heads, head_dim: d, scale, window, .. } = self.params;
             let mut out = Vec::new();
             for &(first_row, rows, before, first_block) in &self.sequences {
                 for row in 0..rows {
@@ -289,7 +289,14 @@ mod tests {
     }
 
     fn params(num_heads: usize, num_kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionParams {
-        AttentionParams { num_heads, num_kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window }
+        AttentionParams {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            window,
+            soft_cap: None,
+        }
     }
 
     /// Weights are rounded to the element type before they meet the values, so a result that is a mean of values below 1 is off

@@ -34,7 +34,7 @@ impl Case {
         let scale = 8.0 / (head_dim as f32).sqrt();
         Self {
             dtype,
-            params: AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: None },
+            params: AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: None, soft_cap: None },
             block_size,
             sequences: [1, 63, 64, 65, 255, 1000, 5000].map(|context_len| (1, context_len)).to_vec(),
             splitting: Splitting::Balanced,
@@ -193,7 +193,7 @@ impl<'a> Prepared<'a> {
 
     /// The definition, in `f64`; zeros for rows behind the batch's.
     pub(super) fn want(&self) -> Vec<f64> {
-        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window } = self.case.params;
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, .. } = self.case.params;
         let row_len = num_heads * head_dim;
         let mut out = vec![0.0; self.num_rows * row_len];
         for sequence in &self.batch.sequences {

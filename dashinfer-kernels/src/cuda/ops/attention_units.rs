@@ -93,7 +93,7 @@ impl DecodeOperands<'_> {
 
     /// Checks the shapes.
     pub(super) fn checked(&self, op: &'static str, dtype: DType) -> Result<DecodeParams, KernelError> {
-        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window } = *self.params;
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, .. } = *self.params;
         let size = dtype.size_bytes();
         let group = self.group();
         if group == 0 || group * num_kv_heads != num_heads {

@@ -1,102 +1,29 @@
 //! The families, as data: what sets each one apart from plain Llama.
 
-use crate::{ConfigError, HfConfig, ModelSpec, json::Object};
+mod llama;
+mod qwen;
+
+use crate::{ConfigError, HfConfig, ModelSpec};
 
 /// Reads a family's config.
 pub type ToSpec = fn(&HfConfig) -> Result<ModelSpec, ConfigError>;
 
 /// Every decoder family, by the `architectures` entry of its `config.json`.
 pub static FAMILIES: &[(&str, ToSpec)] = &[
-    ("LlamaForCausalLM", llama),
-    ("MistralForCausalLM", mistral),
-    ("Qwen2ForCausalLM", qwen2),
-    ("Qwen3ForCausalLM", qwen3),
+    ("LlamaForCausalLM", llama::llama),
+    ("MistralForCausalLM", llama::mistral),
+    ("Qwen2ForCausalLM", qwen::qwen2),
+    ("Qwen3ForCausalLM", qwen::qwen3),
 ];
 
-/// Llama 1 to 3, and the many models published under its name. <https://arxiv.org/abs/2407.21783>
-fn llama(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
-    let mut spec = config.llama_like()?;
-    let bias = config.object().flag("attention_bias")?.unwrap_or(false);
-    spec.attention.qkv_bias = bias;
-    spec.attention.out_bias = bias;
-    spec.mlp.bias = config.object().flag("mlp_bias")?.unwrap_or(false);
-    Ok(spec)
-}
-
-/// Llama without biases, with a sliding window on every layer unless that is `null`. <https://arxiv.org/abs/2310.06825>
-fn mistral(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
-    let mut spec = config.llama_like()?;
-    let config = config.object();
-    // The reference takes 4096 where the key is absent, and no window only where it is `null`.
-    let window = if config.names("sliding_window") { config.count("sliding_window")? } else { Some(4096) };
-    for layer in &mut spec.layers {
-        layer.window = window;
-    }
-    Ok(spec)
-}
-
-/// Llama with biases on q, k and v, and a window on some layers. Qwen2 and Qwen2.5. <https://arxiv.org/abs/2407.10671>
-fn qwen2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
-    let mut spec = config.llama_like()?;
-    spec.attention.qkv_bias = true;
-    set_qwen_windows(&mut spec, config.object())?;
-    Ok(spec)
-}
-
-/// Llama with an RMSNorm on each q and k head. <https://arxiv.org/abs/2505.09388>
-fn qwen3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
-    let mut spec = config.llama_like()?;
-    let bias = config.object().flag("attention_bias")?.unwrap_or(false);
-    spec.attention.qkv_bias = bias;
-    spec.attention.out_bias = bias;
-    spec.attention.qk_norm = true;
-    set_qwen_windows(&mut spec, config.object())?;
-    Ok(spec)
-}
-
-/// `sliding_window` counts only with `use_sliding_window`. The windowed layers are those that `layer_types` names or, in
-/// older configs, those from `max_window_layers` up.
-fn set_qwen_windows(spec: &mut ModelSpec, config: Object<'_>) -> Result<(), ConfigError> {
-    let in_use = config.flag("use_sliding_window")?.unwrap_or(false);
-    let window = if in_use { config.count("sliding_window")? } else { None };
-    let Some(types) = config.texts("layer_types")? else {
-        let first = config.count("max_window_layers")?.unwrap_or(28); // the reference's default
-        for layer in spec.layers.iter_mut().skip(first) {
-            layer.window = window;
-        }
-        return Ok(());
-    };
-    if types.len() != spec.layers.len() {
-        let wanted = format!("one entry for each of {} layers", spec.layers.len());
-        return Err(ConfigError::value("layer_types", wanted, types.len()));
-    }
-    for (layer, kind) in spec.layers.iter_mut().zip(types) {
-        layer.window = match kind {
-            "full_attention" => None,
-            "sliding_attention" if window.is_some() => window,
-            "sliding_attention" => {
-                let wanted = "use_sliding_window and a sliding_window beside a sliding_attention layer";
-                return Err(ConfigError::value("layer_types", wanted, "none"));
-            }
-            other => {
-                return Err(ConfigError::Unsupported {
-                    field: "layer_types".into(),
-                    found: other.into(),
-                    supported: "full_attention, sliding_attention".into(),
-                });
-            }
-        };
-    }
-    Ok(())
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::{Value, json};
 
     use crate::config::tests::config;
 
-    fn windows(architecture: &str, changes: Value) -> Vec<Option<usize>> {
+    /// The window of each layer.
+    pub(super) fn windows(architecture: &str, changes: Value) -> Vec<Option<usize>> {
         let spec = config(architecture, changes).to_spec().unwrap();
         spec.layers.iter().map(|layer| layer.window).collect()
     }

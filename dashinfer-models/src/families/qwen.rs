@@ -1,0 +1,58 @@
+//! Qwen2, Qwen2.5 and Qwen3.
+
+use crate::{ConfigError, HfConfig, ModelSpec, json::Object};
+
+/// Llama with biases on q, k and v, and a window on some layers. Qwen2 and Qwen2.5. <https://arxiv.org/abs/2407.10671>
+pub(super) fn qwen2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
+    let mut spec = config.llama_like()?;
+    spec.attention.qkv_bias = true;
+    set_qwen_windows(&mut spec, config.object())?;
+    Ok(spec)
+}
+
+/// Llama with an RMSNorm on each q and k head. <https://arxiv.org/abs/2505.09388>
+pub(super) fn qwen3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
+    let mut spec = config.llama_like()?;
+    let bias = config.object().flag("attention_bias")?.unwrap_or(false);
+    spec.attention.qkv_bias = bias;
+    spec.attention.out_bias = bias;
+    spec.attention.qk_norm = true;
+    set_qwen_windows(&mut spec, config.object())?;
+    Ok(spec)
+}
+
+/// `sliding_window` counts only with `use_sliding_window`. The windowed layers are those that `layer_types` names or, in
+/// older configs, those from `max_window_layers` up.
+fn set_qwen_windows(spec: &mut ModelSpec, config: Object<'_>) -> Result<(), ConfigError> {
+    let in_use = config.flag("use_sliding_window")?.unwrap_or(false);
+    let window = if in_use { config.count("sliding_window")? } else { None };
+    let Some(types) = config.texts("layer_types")? else {
+        let first = config.count("max_window_layers")?.unwrap_or(28); // the reference's default
+        for layer in spec.layers.iter_mut().skip(first) {
+            layer.window = window;
+        }
+        return Ok(());
+    };
+    if types.len() != spec.layers.len() {
+        let wanted = format!("one entry for each of {} layers", spec.layers.len());
+        return Err(ConfigError::value("layer_types", wanted, types.len()));
+    }
+    for (layer, kind) in spec.layers.iter_mut().zip(types) {
+        layer.window = match kind {
+            "full_attention" => None,
+            "sliding_attention" if window.is_some() => window,
+            "sliding_attention" => {
+                let wanted = "use_sliding_window and a sliding_window beside a sliding_attention layer";
+                return Err(ConfigError::value("layer_types", wanted, "none"));
+            }
+            other => {
+                return Err(ConfigError::Unsupported {
+                    field: "layer_types".into(),
+                    found: other.into(),
+                    supported: "full_attention, sliding_attention".into(),
+                });
+            }
+        };
+    }
+    Ok(())
+}
