@@ -6,7 +6,7 @@ use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionRange, CpuKvCache, Work};
 use super::gelu_mul;
 use super::isa::Isa;
-use super::linear::{self, PackedMatrix, Product, SendPtr};
+use super::linear::{self, PANEL, PackedMatrix, Product, SendPtr};
 use super::linear_bf16::{self, Rounded};
 use super::math::soft_cap;
 use super::pool::{PoolConfig, ThreadPool};
@@ -235,6 +235,14 @@ impl CpuBackend {
     #[must_use]
     pub fn pool(&self) -> &ThreadPool {
         &self.pool
+    }
+
+    /// The kernel of an activation.
+    fn activation(&self, activation: Activation) -> SiluMulRow {
+        match activation {
+            Activation::Silu => self.silu,
+            Activation::GeluTanh => gelu_mul::row,
+        }
     }
 
     /// Calls `row(i)` for each of `rows` rows of `cols` values, in parallel if that pays.
@@ -483,6 +491,36 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn gated_linear(
+        &mut self,
+        out: &mut CpuTensor,
+        scratch: &mut CpuTensor,
+        x: &CpuTensor,
+        weight: &CpuLinear,
+        activation: Activation,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "gated_linear";
+        if !weight.rows().is_multiple_of(2 * PANEL) {
+            self.linear(scratch, x, weight)?;
+            return self.gate(out, scratch, activation);
+        }
+        check(OP, "columns of x", weight.cols(), x.cols)?;
+        out.resize(OP, x.rows, weight.rows() / 2)?;
+        let (activation, pool, x, out) = (self.activation(activation), &self.pool, x.values(), out.values_mut());
+        match weight {
+            CpuLinear::Dense(weight) => match self.bf16_product {
+                Some(product) if weight.dtype() == DType::BF16 => {
+                    linear_bf16::run_gated(product, out, x, weight, activation, &mut self.bf16_rows, pool)
+                }
+                _ => linear::run_gated(self.product, out, x, weight, activation, pool),
+            },
+            CpuLinear::Quantized(weight) => {
+                let (product, scratch) = (self.quantized_product, &mut self.quantized_rows);
+                quantized::run_gated(product, out, x, weight, activation, scratch, pool)
+            }
+        }
+    }
+
     fn rope_and_cache(
         &mut self,
         qkv: &mut CpuTensor,
@@ -566,10 +604,7 @@ impl Backend for CpuBackend {
         let cols = x.cols / 2;
         check("gate", "columns of x", 2 * cols, x.cols)?;
         out.resize("gate", x.rows, cols)?;
-        let run = match activation {
-            Activation::Silu => self.silu,
-            Activation::GeluTanh => gelu_mul::row,
-        };
+        let run = self.activation(activation);
         let to = SendPtr(out.data.as_mut_ptr());
         // A row is cut into parts of whole vectors, so that a decode's one row is shared too.
         const PART: usize = 2048;

@@ -5,6 +5,7 @@ mod aligned;
 mod amx;
 mod attention;
 mod backend;
+mod gated;
 mod gelu_mul;
 mod isa;
 mod linear;

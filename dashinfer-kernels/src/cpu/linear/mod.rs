@@ -18,8 +18,10 @@ pub(crate) use neon::prefetch;
 pub(crate) use pack::{BF16_STEP, PANEL, SendPtr, Stack, bias_from_bytes, packed_bytes, place};
 pub use pack::{PackedMatrix, to_bytes};
 
+use super::gated::Gated;
 use super::isa::{Isa, Variant, choose};
 use super::pool::ThreadPool;
+use super::silu_mul::SiluMulRow;
 use crate::KernelError;
 use crate::error::check;
 
@@ -33,18 +35,43 @@ pub(crate) struct Job<'a> {
 /// Where a product goes: `[T, N]`, written by several threads, each its own columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Output {
+    /// Where row 0 and column 0 would stand; they need not be there.
     start: SendPtr<f32>,
+    /// Values between rows.
+    stride: usize,
+    /// Columns up to the last that is there.
     cols: usize,
 }
 
 impl Output {
     /// `out`: `[T, N]` with `N` = `cols`.
     pub(crate) fn new(out: &mut [f32], cols: usize) -> Self {
-        Self { start: SendPtr(out.as_mut_ptr()), cols }
+        Self { start: SendPtr(out.as_mut_ptr()), stride: cols, cols }
+    }
+
+    /// Some rows, `first_row` and those behind it, and the columns of some panels, which start at `memory`, with `stride` values
+    /// between rows.
+    pub(crate) fn window(memory: *mut f32, stride: usize, first_row: usize, panels: Range<usize>) -> Self {
+        let start = memory.wrapping_sub(first_row * stride + panels.start * PANEL);
+        Self { start: SendPtr(start), stride, cols: panels.end * PANEL }
     }
 
     fn width(self, panel: usize) -> usize {
         PANEL.min(self.cols - panel * PANEL)
+    }
+
+    #[inline(always)]
+    fn at(self, row: usize, panel: usize) -> *mut f32 {
+        self.start.get().wrapping_add(row * self.stride + panel * PANEL)
+    }
+
+    /// The columns of `panels` in row `row`.
+    ///
+    /// # Safety
+    /// They exist and are whole panels, no other thread accesses them, and nor does this one by another way while it has them.
+    pub(crate) unsafe fn columns<'a>(self, row: usize, panels: Range<usize>) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.at(row, panels.start), panels.len() * PANEL) }
     }
 
     /// Writes the columns of `panel` in row `row`.
@@ -53,10 +80,9 @@ impl Output {
     /// Row and panel exist, and no other thread accesses these columns of this row.
     #[inline(always)]
     pub(crate) unsafe fn store(self, row: usize, panel: usize, sums: &[f32; PANEL]) {
-        let width = self.width(panel);
+        let (to, width) = (self.at(row, panel), self.width(panel));
         // SAFETY: `width` columns from there on lie in the row; the caller vouches for exclusive access.
         unsafe {
-            let to = self.start.get().add(row * self.cols + panel * PANEL);
             if width == PANEL {
                 to.cast::<[f32; PANEL]>().write_unaligned(*sums);
             } else {
@@ -76,10 +102,7 @@ impl Output {
     )]
     pub(crate) unsafe fn load(self, row: usize, panel: usize, sums: &mut [f32; PANEL]) {
         // SAFETY: as in `store`.
-        unsafe {
-            let from = self.start.get().add(row * self.cols + panel * PANEL);
-            sums.as_mut_ptr().copy_from_nonoverlapping(from, self.width(panel));
-        }
+        unsafe { sums.as_mut_ptr().copy_from_nonoverlapping(self.at(row, panel), self.width(panel)) };
     }
 }
 
@@ -99,6 +122,22 @@ pub(crate) static VARIANTS: &[Variant<Product>] = &[
 /// The best variant that needs no more than `limit`.
 pub(crate) fn best(limit: Isa) -> Product {
     choose(VARIANTS, limit)
+}
+
+/// [`run`], with a gate on it: `x`: `[T, K]`; `weight`: `[2 F, K]` with `F` a multiple of 16; `out`: `[T, F]`.
+pub(crate) fn run_gated(
+    product: Product,
+    out: &mut [f32],
+    x: &[f32],
+    weight: &PackedMatrix,
+    activation: SiluMulRow,
+    pool: &ThreadPool,
+) -> Result<(), KernelError> {
+    let gated = Gated::new(out, x, [weight.rows(), weight.cols()], activation)?;
+    let job = Job { x, weight };
+    // SAFETY: the variant was chosen for this machine; lengths were checked; each task has its own columns.
+    unsafe { gated.run(&|rows, panels, out| product(&job, rows, panels, out), pool) };
+    Ok(())
 }
 
 /// `out[t, n] = bias[n] + Σₖ x[t, k] · weight[n, k]`, each sum one chain of fused multiply-adds in the order of `k`, so that

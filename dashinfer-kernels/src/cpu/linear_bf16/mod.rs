@@ -16,9 +16,11 @@ use half::bf16;
 
 use super::aligned::AlignedBuf;
 use super::backend::CpuBackend;
+use super::gated::Gated;
 use super::isa::{Isa, Variant};
 use super::linear::{BF16_STEP, Output, PackedMatrix, SendPtr};
 use super::pool::ThreadPool;
+use super::silu_mul::SiluMulRow;
 use crate::error::check;
 use crate::{DType, KernelError};
 
@@ -122,6 +124,25 @@ pub(crate) fn run(
         // own columns of `out`, which outlives the loop.
         unsafe { product(&job, 0..rows, panels, out) };
     });
+    Ok(())
+}
+
+/// [`run`], with a gate on it: `x`: `[T, K]`; `weight`: `[2 F, K]` with `F` a multiple of 16; `out`: `[T, F]`.
+pub(crate) fn run_gated(
+    product: Product,
+    out: &mut [f32],
+    x: &[f32],
+    weight: &PackedMatrix,
+    activation: SiluMulRow,
+    scratch: &mut Rounded,
+    pool: &ThreadPool,
+) -> Result<(), KernelError> {
+    check("gated_linear", "bytes of a weight", DType::BF16.size_bytes(), weight.dtype().size_bytes())?;
+    let gated = Gated::new(out, x, [weight.rows(), weight.cols()], activation)?;
+    let padded = weight.cols().next_multiple_of(BF16_STEP);
+    let job = Job { x: scratch.fill(x, gated.rows(), weight.cols(), pool)?, weight, padded };
+    // SAFETY: the variant was chosen for this machine; lengths were checked; each task has its own columns.
+    unsafe { gated.run(&|rows, panels, out| product(&job, rows, panels, out), pool) };
     Ok(())
 }
 

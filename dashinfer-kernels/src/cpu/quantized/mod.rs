@@ -30,9 +30,11 @@ pub(crate) use activations::{Activations, Operand};
 pub use matrix::QuantizedMatrix;
 pub(crate) use matrix::packed_bytes;
 
+use super::gated::Gated;
 use super::isa::{Isa, Variant, choose};
 use super::linear::Output;
 use super::pool::ThreadPool;
+use super::silu_mul::SiluMulRow;
 use crate::error::check;
 use crate::{KernelError, Scheme};
 
@@ -102,6 +104,24 @@ pub(crate) fn run(
         // own columns of `out`, which outlives the loop.
         unsafe { (product.run)(&job, 0..rows, panels, out) };
     });
+    Ok(())
+}
+
+/// [`run`], with a gate on it: `x`: `[T, K]`; `weight`: `[2 F, K]` with `F` a multiple of 16; `out`: `[T, F]`.
+pub(crate) fn run_gated(
+    product: Product,
+    out: &mut [f32],
+    x: &[f32],
+    weight: &QuantizedMatrix,
+    activation: SiluMulRow,
+    scratch: &mut Activations,
+    pool: &ThreadPool,
+) -> Result<(), KernelError> {
+    let gated = Gated::new(out, x, [weight.rows(), weight.cols()], activation)?;
+    scratch.fill(x, gated.rows(), weight, (product.operand)(weight.scheme()), pool)?;
+    let job = Job { x: scratch, weight };
+    // SAFETY: the variant was chosen for this machine; lengths were checked; each task has its own columns.
+    unsafe { gated.run(&|rows, panels, out| (product.run)(&job, rows, panels, out), pool) };
     Ok(())
 }
 
