@@ -255,6 +255,9 @@ impl Place {
     }
 }
 
+/// As many rows of a part stay in the L2 cache.
+const MOST_ROWS: usize = 576;
+
 /// Walks all rows by all panels in blocks of up to 32 rows and two panels, whose tiles are set up when `run` is called:
 ///
 /// ```text
@@ -273,6 +276,8 @@ pub(crate) unsafe fn for_blocks(
     mut run: impl FnMut(Place),
 ) {
     let mut shape = 0;
+    // Where all columns of all rows stay in the L2 cache, one part is as good, and its sums stay in tiles.
+    let part = if rows.len() * padded <= part * MOST_ROWS { padded.max(1) } else { part };
     // Without input features there is nothing to multiply, but sums have a bias.
     for k in (0..padded.max(1)).step_by(part) {
         let ks = k..padded.min(k + part);

@@ -16,6 +16,7 @@ mod quantized;
 mod rms_norm;
 mod rope;
 mod silu_mul;
+mod tasks;
 mod weight_buf;
 
 pub use attention::CpuKvCache;

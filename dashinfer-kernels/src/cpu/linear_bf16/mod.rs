@@ -21,6 +21,7 @@ use super::isa::{Isa, Variant};
 use super::linear::{BF16_STEP, Output, PackedMatrix, SendPtr};
 use super::pool::ThreadPool;
 use super::silu_mul::SiluMulRow;
+use super::tasks::Tasks;
 use crate::error::check;
 use crate::{DType, KernelError};
 
@@ -115,15 +116,10 @@ pub(crate) fn run(
     let padded = weight.cols().next_multiple_of(BF16_STEP);
     let job = Job { x: scratch.fill(x, rows, weight.cols(), pool)?, weight, padded };
     let out = Output::new(out, weight.rows());
-    // Pairs of panels, since tiles take two.
-    let pairs = weight.num_panels().div_ceil(2);
-    let per_task = pairs.div_ceil(pool.num_threads() * 8).max(1);
-    pool.run(pairs.div_ceil(per_task), &|task, _| {
-        let panels = 2 * task * per_task..weight.num_panels().min(2 * (task + 1) * per_task);
-        // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels, so its
-        // own columns of `out`, which outlives the loop.
-        unsafe { product(&job, 0..rows, panels, out) };
-    });
+    // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own columns of its own rows of
+    // `out`, which outlives the loop.
+    let task = |rows, panels| unsafe { product(&job, rows, panels, out) };
+    Tasks::new(rows, 2 * padded, weight.num_panels(), pool).run(pool, &task);
     Ok(())
 }
 

@@ -100,6 +100,11 @@ impl Activations {
         rows.saturating_mul(cols.next_multiple_of(128)).saturating_mul(2 * 32 + 8) / 32
     }
 
+    /// Bytes of a row's codes.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.cut.map_or(0, |cut| cut.padded) * self.operand.map_or(0, Operand::size)
+    }
+
     /// How the codes are laid out.
     #[cfg_attr(
         not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),

@@ -35,6 +35,7 @@ use super::isa::{Isa, Variant, choose};
 use super::linear::Output;
 use super::pool::ThreadPool;
 use super::silu_mul::SiluMulRow;
+use super::tasks::Tasks;
 use crate::error::check;
 use crate::{KernelError, Scheme};
 
@@ -94,16 +95,10 @@ pub(crate) fn run(
     scratch.fill(x, rows, weight, (product.operand)(weight.scheme()), pool)?;
     let out = Output::new(out, weight.rows());
     let job = Job { x: scratch, weight };
-    let panels = weight.num_panels();
-    // Several tasks for each thread, so that a thread that the system interrupts holds the others up by little; of an even number of
-    // panels, since tiles take two.
-    let per_task = panels.div_ceil(pool.num_threads() * 8).next_multiple_of(if rows < 16 { 1 } else { 2 }).max(1);
-    pool.run(panels.div_ceil(per_task), &|task, _| {
-        let panels = task * per_task..panels.min((task + 1) * per_task);
-        // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels, so its
-        // own columns of `out`, which outlives the loop.
-        unsafe { (product.run)(&job, 0..rows, panels, out) };
-    });
+    let tasks = Tasks::new(rows, scratch.row_bytes(), weight.num_panels(), pool);
+    // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own columns of its own rows of
+    // `out`, which outlives the loop.
+    tasks.run(pool, &|rows, panels| unsafe { (product.run)(&job, rows, panels, out) });
     Ok(())
 }
 
