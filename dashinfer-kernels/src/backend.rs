@@ -1,14 +1,14 @@
 //! The contract between a model and a device: some fused operators with one meaning everywhere.
 //!
 //! Shapes use one alphabet: `T` tokens in the step, `S` sequences, `H` query heads, `K` key/value heads, `D` head size,
-//! `E` hidden size, `F` MLP size, `V` vocabulary, `B` tokens in a cache block. The CPU's scalar code defines each
+//! `E` hidden size, `F` MLP size, `N` experts, `V` vocabulary, `B` tokens in a cache block. The CPU's scalar code defines each
 //! operator; every other implementation is tested against it.
 
 use std::fmt;
 use std::time::Duration;
 
 use crate::error::check;
-use crate::{CacheType, DType, KernelError, SampleRow, Sampled, Scheme, SharedBytes};
+use crate::{CacheType, DType, KernelError, Routing, SampleRow, Sampled, Scheme, SharedBytes};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
 #[derive(Debug, Clone, Copy)]
@@ -205,6 +205,25 @@ pub enum Activation {
     Silu,
     /// `x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))` (Gemma). <https://arxiv.org/abs/1606.08415>
     GeluTanh,
+    /// With `g = min(gate, limit)` and `u = clamp(up, -limit, limit)`: `out = g / (1 + exp(-alpha · g)) · (u + 1)` (gpt-oss).
+    ClampedSwiglu {
+        /// Factor on the gate within the sigmoid.
+        alpha: f32,
+        /// The largest gate, and the largest size of up; above 0.
+        limit: f32,
+    },
+}
+
+impl Activation {
+    /// What a backend needs to have it; `None`: every backend does.
+    #[must_use]
+    pub const fn feature(self) -> Option<Feature> {
+        match self {
+            Self::Silu => None,
+            Self::GeluTanh => Some(Feature::GeluTanh),
+            Self::ClampedSwiglu { .. } => Some(Feature::ClampedSwiglu),
+        }
+    }
 }
 
 /// What some models need beyond Llama. A backend says which of it it has, so that a model is refused before it is loaded.
@@ -221,6 +240,10 @@ pub enum Feature {
     AttentionSinks,
     /// Caps on logits.
     LogitSoftCap,
+    /// [`Activation::ClampedSwiglu`].
+    ClampedSwiglu,
+    /// Mixtures of experts.
+    Experts,
 }
 
 impl fmt::Display for Feature {
@@ -231,6 +254,8 @@ impl fmt::Display for Feature {
             Self::AttentionSoftCap => "soft caps on attention",
             Self::AttentionSinks => "attention sinks",
             Self::LogitSoftCap => "soft caps on logits",
+            Self::ClampedSwiglu => "the clamped activation swiglu",
+            Self::Experts => "mixtures of experts",
         })
     }
 }
@@ -259,6 +284,10 @@ pub trait Backend: Send + 'static {
     type Linear: Send + Sync;
     /// Keys and values of all layers.
     type KvCache: Send;
+    /// The matrices of all experts of a layer.
+    type Experts: Send + Sync;
+    /// What [`experts`](Self::experts) works in; the layers of a model share one.
+    type ExpertScratch: Send;
 
     /// The backend's name in messages: `cpu`, `cuda`.
     fn name(&self) -> &'static str;
@@ -317,6 +346,23 @@ pub trait Backend: Send + 'static {
         let what = "taking packed weights from a file".to_owned();
         Err(KernelError::Unsupported { op: "import", what, backend: self.name() })
     }
+
+    /// Puts the experts of a layer together, packed one by one. `gate_up`: `N` matrices `[2 F, E]`, gate then up; `down`: as many
+    /// `[E, F]`; each all of one type or scheme. Biases are allowed. [`Feature::Experts`].
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if they do not fit each other.
+    fn pack_experts(&self, gate_up: Vec<Self::Linear>, down: Vec<Self::Linear>) -> Result<Self::Experts, KernelError>;
+
+    /// What [`experts`](Self::experts) works in, for steps of up to `max_rows` rows: experts of `inner` = `F` between `hidden` = `E`
+    /// features.
+    fn expert_scratch(
+        &self,
+        max_rows: usize,
+        hidden: usize,
+        inner: usize,
+        routing: &Routing,
+    ) -> Result<Self::ExpertScratch, KernelError>;
 
     /// Calls `task(i)` once for each `i` in `0..num_tasks`, in no order, on the threads of the host that this backend has: for work
     /// on weights while nothing is computed.
@@ -417,6 +463,33 @@ pub trait Backend: Send + 'static {
 
     /// `out[t, i] = f(x[t, i]) · x[t, F + i]` with the activation `f`. `x`: `[T, 2 F]`, gate then up; `out`: `[T, F]`.
     fn gate(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, activation: Activation) -> Result<(), KernelError>;
+
+    /// `out[t] = Σ weight · (downₑ · h + bias)` over the chosen experts `e` of row `t` in ascending order, `h` being
+    /// [`gate`](Self::gate) of `gate_upₑ · x[t] + bias`. Who is chosen, and the weights: [`route`](crate::route).
+    ///
+    /// `out`, `x`: `[T, E]`; `logits`: `[T, N]` of [`TensorUse::Logits`]; `correction`: `[N]`. What no row chose is not read. Not even here does a
+    /// row's result depend on the other rows, where the backend says so.
+    #[expect(clippy::too_many_arguments, reason = "what an expert layer is: operands, facts, and a place to work in")]
+    fn experts(
+        &mut self,
+        out: &mut Self::Tensor,
+        x: &Self::Tensor,
+        logits: &Self::Tensor,
+        correction: Option<&Self::Vector>,
+        experts: &Self::Experts,
+        routing: &Routing,
+        activation: Activation,
+        scratch: &mut Self::ExpertScratch,
+    ) -> Result<(), KernelError>;
+
+    /// `out[t] += sigmoid(gate[t]) · x[t]`, or `out += x` without a gate: the part of a shared expert. `out`, `x`: `[T, E]`;
+    /// `gate`: `[T, 1]` of [`TensorUse::Logits`]. [`Feature::Experts`].
+    fn add_gated(
+        &mut self,
+        out: &mut Self::Tensor,
+        x: &Self::Tensor,
+        gate: Option<&Self::Tensor>,
+    ) -> Result<(), KernelError>;
 
     /// `logits[r, i] = cap · tanh(logits[r, i] / cap)` (Gemma 2), in place; [`Feature::LogitSoftCap`].
     fn soft_cap(&mut self, _logits: &mut Self::Tensor, _cap: f32) -> Result<(), KernelError> {

@@ -13,6 +13,7 @@ pub mod cpu;
 pub mod cuda;
 mod dtype;
 mod error;
+mod moe;
 mod quant;
 #[cfg(test)]
 mod random;
@@ -26,6 +27,7 @@ pub use backend::{
 pub use cache_type::CacheType;
 pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
+pub use moe::{Chosen, ExpertGroups, GroupScore, Routing, Scoring, route};
 pub use quant::{Group, Scheme, UnknownScheme};
 pub use sample::{SampleParams, SampleRow, SampleScratch, Sampled, sample_row};
 pub use shared::SharedBytes;

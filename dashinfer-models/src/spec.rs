@@ -155,12 +155,12 @@ impl ModelSpec {
     pub fn features(&self) -> Vec<Feature> {
         let needed = [
             (self.embedding_scale != 1.0, Feature::EmbeddingScale),
-            (self.mlp.activation == Activation::GeluTanh, Feature::GeluTanh),
             (self.attention.soft_cap.is_some(), Feature::AttentionSoftCap),
             (self.attention.sinks, Feature::AttentionSinks),
             (self.logit_soft_cap.is_some(), Feature::LogitSoftCap),
         ];
-        needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature)).collect()
+        let needed = needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature));
+        needed.chain(self.mlp.activation.feature()).collect()
     }
 
     /// Whether this describes a model at all. What passes can be multiplied together without overflow.

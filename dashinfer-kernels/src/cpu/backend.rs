@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionRange, CpuKvCache, Work};
-use super::gelu_mul;
+use super::experts::{self, CpuExpertScratch, CpuExperts};
+use super::gate::Gate;
 use super::isa::Isa;
 use super::linear::{self, PANEL, PackedMatrix, Product, SendPtr};
 use super::linear_bf16::{self, Rounded};
@@ -18,7 +19,7 @@ use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
     Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, PackedShape,
-    PagedBatch, QkNorm, Rope, SampleRow, Sampled, Scheme, SharedBytes, StepRows, TensorUse,
+    PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes, StepRows, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -237,14 +238,6 @@ impl CpuBackend {
         &self.pool
     }
 
-    /// The kernel of an activation.
-    fn activation(&self, activation: Activation) -> SiluMulRow {
-        match activation {
-            Activation::Silu => self.silu,
-            Activation::GeluTanh => gelu_mul::row,
-        }
-    }
-
     /// Calls `row(i)` for each of `rows` rows of `cols` values, in parallel if that pays.
     pub(super) fn for_rows(pool: &ThreadPool, rows: usize, cols: usize, row: &(dyn Fn(usize) + Sync)) {
         if rows * cols < PARALLEL_FROM {
@@ -292,6 +285,8 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type Linear = CpuLinear;
     type KvCache = CpuKvCache;
+    type Experts = CpuExperts;
+    type ExpertScratch = CpuExpertScratch;
 
     fn name(&self) -> &'static str {
         "cpu"
@@ -303,7 +298,9 @@ impl Backend for CpuBackend {
             | Feature::GeluTanh
             | Feature::AttentionSoftCap
             | Feature::AttentionSinks
-            | Feature::LogitSoftCap => true,
+            | Feature::LogitSoftCap
+            | Feature::ClampedSwiglu
+            | Feature::Experts => true,
         }
     }
 
@@ -506,7 +503,7 @@ impl Backend for CpuBackend {
         }
         check(OP, "columns of x", weight.cols(), x.cols)?;
         out.resize(OP, x.rows, weight.rows() / 2)?;
-        let (activation, pool, x, out) = (self.activation(activation), &self.pool, x.values(), out.values_mut());
+        let (activation, pool, x, out) = (Gate::new(activation, self.silu), &self.pool, x.values(), out.values_mut());
         match weight {
             CpuLinear::Dense(weight) => match self.bf16_product {
                 Some(product) if weight.dtype() == DType::BF16 => {
@@ -604,7 +601,7 @@ impl Backend for CpuBackend {
         let cols = x.cols / 2;
         check("gate", "columns of x", 2 * cols, x.cols)?;
         out.resize("gate", x.rows, cols)?;
-        let run = self.activation(activation);
+        let gate = Gate::new(activation, self.silu);
         let to = SendPtr(out.data.as_mut_ptr());
         // A row is cut into parts of whole vectors, so that a decode's one row is shared too.
         const PART: usize = 2048;
@@ -612,13 +609,53 @@ impl Backend for CpuBackend {
         Self::for_rows(&self.pool, x.rows * parts, PART.min(cols), &|task| {
             let (row, first) = (task / parts, task % parts * PART);
             let width = PART.min(cols - first);
-            let (gate, up) = x.data[row * 2 * cols..][..2 * cols].split_at(cols);
+            let (g, u) = x.data[row * 2 * cols..][..2 * cols].split_at(cols);
             // SAFETY: the part lies in row `row` of `out`, and each part is written by one task.
             let out = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols + first), width) };
             // SAFETY: all are `width` long; the variant was chosen for this machine.
-            unsafe { run(out, &gate[first..][..width], &up[first..][..width]) };
+            unsafe { gate.row(out, &g[first..][..width], &u[first..][..width]) };
         });
         Ok(())
+    }
+
+    fn pack_experts(&self, gate_up: Vec<CpuLinear>, down: Vec<CpuLinear>) -> Result<CpuExperts, KernelError> {
+        CpuExperts::new(gate_up, down)
+    }
+
+    fn expert_scratch(
+        &self,
+        max_rows: usize,
+        hidden: usize,
+        inner: usize,
+        routing: &Routing,
+    ) -> Result<CpuExpertScratch, KernelError> {
+        CpuExpertScratch::new(max_rows, hidden, inner, routing)
+    }
+
+    fn experts(
+        &mut self,
+        out: &mut CpuTensor,
+        x: &CpuTensor,
+        logits: &CpuTensor,
+        correction: Option<&Vec<f32>>,
+        experts: &CpuExperts,
+        routing: &Routing,
+        activation: Activation,
+        scratch: &mut CpuExpertScratch,
+    ) -> Result<(), KernelError> {
+        let machine = experts::Machine {
+            pool: &self.pool,
+            product: self.product,
+            bf16_product: self.bf16_product,
+            quantized_product: self.quantized_product,
+            gate: Gate::new(activation, self.silu),
+        };
+        let layer = experts::Layer { x, logits, correction: correction.map(Vec::as_slice), experts, routing };
+        experts::run(out, &layer, scratch, &machine)
+    }
+
+    fn add_gated(&mut self, out: &mut CpuTensor, x: &CpuTensor, gate: Option<&CpuTensor>) -> Result<(), KernelError> {
+        experts::add_gated(out, x, gate, &self.pool)
     }
 
     fn soft_cap(&mut self, logits: &mut CpuTensor, cap: f32) -> Result<(), KernelError> {

@@ -7,9 +7,9 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::gate::Gate;
 use super::linear::{Output, PANEL};
 use super::pool::ThreadPool;
-use super::silu_mul::SiluMulRow;
 use crate::KernelError;
 use crate::error::check;
 
@@ -25,7 +25,7 @@ pub(super) struct Gated {
     rows: usize,
     /// Panels of gate, and of up.
     panels: usize,
-    activation: SiluMulRow,
+    activation: Gate,
     /// `[T, F]`
     out: Output,
 }
@@ -39,7 +39,7 @@ impl Gated {
         out: &mut [f32],
         x: &[f32],
         [features, cols]: [usize; 2],
-        activation: SiluMulRow,
+        activation: Gate,
     ) -> Result<Self, KernelError> {
         const OP: &str = "gated_linear";
         let (rows, inner) = (x.len() / cols.max(1), features / 2);
@@ -97,7 +97,7 @@ impl Gated {
         for (row, values) in rows.zip(memory.chunks_exact(2 * width)) {
             let (gate, up) = values.split_at(width);
             // SAFETY: the caller's promise: these columns of this row are this thread's, and all are `width` long.
-            unsafe { (self.activation)(self.out.columns(row, panels.clone()), gate, up) };
+            unsafe { self.activation.row(self.out.columns(row, panels.clone()), gate, up) };
         }
     }
 }
@@ -118,7 +118,7 @@ mod tests {
     use crate::cpu::quantized::{self, Activations, QuantizedMatrix};
     use crate::cpu::{linear_bf16, silu_mul};
     use crate::random::noise;
-    use crate::{DType, MatrixView, Scheme};
+    use crate::{Activation, DType, MatrixView, Scheme};
 
     /// The activation of each row of `both`, `[T, 2 F]`.
     fn gate(both: &[f32], inner: usize) -> Vec<f32> {
@@ -141,7 +141,7 @@ mod tests {
             let view = [MatrixView { bytes: &bytes, dtype: DType::BF16, rows: 2 * inner, cols: k }];
             let bias = bias.then(|| noise(2 * inner, seed ^ 1));
             let x = noise(t * k, seed ^ 2);
-            let silu = silu_mul::best(Isa::best());
+            let silu = Gate::new(Activation::Silu, silu_mul::best(Isa::best()));
             let (mut both, mut out) = (vec![f32::NAN; t * 2 * inner], vec![f32::NAN; t * inner]);
 
             let matrix = PackedMatrix::pack(&view, bias.as_deref(), &pool).unwrap();
@@ -170,7 +170,9 @@ mod tests {
     #[test]
     fn features_that_are_not_whole_panels_are_refused() {
         let error =
-            Gated::new(&mut [0.0; 24], &[0.0; 4], [48, 4], silu_mul::best(Isa::Scalar)).map(|_| ()).unwrap_err();
+            Gated::new(&mut [0.0; 24], &[0.0; 4], [48, 4], Gate::new(Activation::Silu, silu_mul::best(Isa::Scalar)))
+                .map(|_| ())
+                .unwrap_err();
         assert_eq!(error.to_string(), "gated_linear: output features of the matrix should be 64, found 48");
     }
 }

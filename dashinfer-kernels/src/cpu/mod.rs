@@ -5,6 +5,8 @@ mod aligned;
 mod amx;
 mod attention;
 mod backend;
+mod experts;
+mod gate;
 mod gated;
 mod gelu_mul;
 mod isa;
@@ -21,6 +23,7 @@ mod weight_buf;
 
 pub use attention::CpuKvCache;
 pub use backend::{CpuBackend, CpuConfig, CpuLinear, CpuTensor, packed_bytes, workspace_bytes};
+pub use experts::{CpuExpertScratch, CpuExperts, expert_bytes};
 pub use isa::Isa;
 pub use linear::{PackedMatrix, linear, to_bytes};
 pub use pool::{PoolConfig, ThreadPool};

@@ -24,13 +24,13 @@ use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
 use super::records::{Next, Records};
 use super::step::{Steps, section};
-use super::tensors::{CudaKvCache, CudaTensor, CudaVector};
+use super::tensors::{CudaExpertScratch, CudaExperts, CudaKvCache, CudaTensor, CudaVector};
 use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
     Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope,
-    SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
+    Routing, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -200,6 +200,8 @@ impl Backend for CudaBackend {
     type Vector = CudaVector;
     type Linear = CudaLinear;
     type KvCache = CudaKvCache;
+    type Experts = CudaExperts;
+    type ExpertScratch = CudaExpertScratch;
 
     fn name(&self) -> &'static str {
         "cuda"
@@ -547,10 +549,36 @@ impl Backend for CudaBackend {
         let cols = x.cols / 2;
         check("gate", "columns of x", 2 * cols, x.cols)?;
         out.resize("gate", x.rows, cols)?;
-        if activation != Activation::Silu {
-            return Err(unsupported("gate", Feature::GeluTanh));
+        if let Some(feature) = activation.feature() {
+            return Err(unsupported("gate", feature));
         }
         self.silu.run(&self.device, out.span(), x.span(), [x.rows, cols])
+    }
+
+    fn pack_experts(&self, _: Vec<CudaLinear>, _: Vec<CudaLinear>) -> Result<CudaExperts, KernelError> {
+        Err(unsupported("pack_experts", Feature::Experts))
+    }
+
+    fn expert_scratch(&self, _: usize, _: usize, _: usize, _: &Routing) -> Result<CudaExpertScratch, KernelError> {
+        Err(unsupported("expert_scratch", Feature::Experts))
+    }
+
+    fn experts(
+        &mut self,
+        _: &mut CudaTensor,
+        _: &CudaTensor,
+        _: &CudaTensor,
+        _: Option<&CudaVector>,
+        _: &CudaExperts,
+        _: &Routing,
+        _: Activation,
+        _: &mut CudaExpertScratch,
+    ) -> Result<(), KernelError> {
+        Err(unsupported("experts", Feature::Experts))
+    }
+
+    fn add_gated(&mut self, _: &mut CudaTensor, _: &CudaTensor, _: Option<&CudaTensor>) -> Result<(), KernelError> {
+        Err(unsupported("add_gated", Feature::Experts))
     }
 
     fn gather_logit_rows(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {

@@ -5,8 +5,8 @@
 use std::collections::VecDeque;
 
 use dashinfer_kernels::{
-    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, PagedBatch,
-    QkNorm, Rope, RopePairs, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
+    Activation, AttentionParams, Backend, DType, Feature, GroupScore, Issue, KernelError, KvCacheSpec, MatrixView,
+    PagedBatch, QkNorm, Rope, RopePairs, Routing, SampleRow, Sampled, Scheme, Scoring, StepRows, TensorUse, to_f32,
 };
 
 #[derive(Debug, Default)]
@@ -62,7 +62,7 @@ impl Tensor {
         &self.data[row * self.cols..][..self.cols]
     }
 
-    fn rows(&self) -> impl Iterator<Item = &[f32]> {
+    fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
         self.data.chunks_exact(self.cols)
     }
 
@@ -98,11 +98,69 @@ fn rotate(head: &mut [f32], rope: &Rope, position: u32) {
     }
 }
 
+/// `1 / (1 + exp(-x))`
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn gated(activation: Activation, gate: f32, up: f32) -> f32 {
+    match activation {
+        Activation::Silu => gate * sigmoid(gate) * up,
+        Activation::GeluTanh => 0.5 * gate * (1.0 + (0.797_884_6 * (gate + 0.044_715 * gate.powi(3))).tanh()) * up,
+        Activation::ClampedSwiglu { alpha, limit } => {
+            let gate = gate.min(limit);
+            gate * sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1.0)
+        }
+        other => panic!("an activation without a reference: {other:?}"),
+    }
+}
+
+/// The experts of a row and their weights, by sorting all of them.
+fn routed(logits: &[f32], correction: Option<&Vec<f32>>, routing: &Routing) -> Vec<(usize, f32)> {
+    let total: f32 = logits.iter().map(|x| x.exp()).sum();
+    let score = |x: f32| match routing.scoring {
+        Scoring::Softmax => x.exp() / total,
+        Scoring::Sigmoid => sigmoid(x),
+    };
+    let scores: Vec<f32> = logits.iter().map(|x| score(*x)).collect();
+    let keys: Vec<f32> =
+        scores.iter().enumerate().map(|(i, s)| s + correction.map_or(0.0, |correction| correction[i])).collect();
+    let mut open: Vec<usize> = (0..keys.len()).collect();
+    if let Some(groups) = routing.groups {
+        let size = keys.len() / groups.num_groups;
+        let of_group = |group: usize| -> f32 {
+            let mut keys = keys[group * size..][..size].to_vec();
+            keys.sort_by(f32::total_cmp);
+            match groups.score {
+                GroupScore::Max => keys[size - 1],
+                GroupScore::TopTwo => keys[size - 1] + keys[size - 2],
+            }
+        };
+        let mut best: Vec<usize> = (0..groups.num_groups).collect();
+        best.sort_by(|a, b| of_group(*b).total_cmp(&of_group(*a)));
+        open.retain(|expert| best[..groups.top_groups].contains(&(expert / size)));
+    }
+    open.sort_by(|a, b| keys[*b].total_cmp(&keys[*a]));
+    open.truncate(routing.top_k);
+    let total: f32 = if routing.normalize { open.iter().map(|expert| scores[*expert]).sum() } else { 1.0 };
+    open.iter().map(|expert| (*expert, scores[*expert] / total * routing.scale)).collect()
+}
+
+impl Matrix {
+    fn times(&self, x: &[f32]) -> Vec<f32> {
+        let bias = |n: usize| self.bias.as_ref().map_or(0.0, |bias| bias[n]);
+        (0..self.rows).map(|n| dot(x, &self.data[n * self.cols..][..self.cols]) + bias(n)).collect()
+    }
+}
+
 impl Backend for Reference {
     type Tensor = Tensor;
     type Vector = Vec<f32>;
     type Linear = Matrix;
     type KvCache = Cache;
+    /// Gate and up, and down, of each.
+    type Experts = Vec<(Matrix, Matrix)>;
+    type ExpertScratch = ();
 
     fn name(&self) -> &'static str {
         "reference"
@@ -178,11 +236,7 @@ impl Backend for Reference {
     fn linear(&mut self, out: &mut Tensor, x: &Tensor, weight: &Matrix) -> Result<(), KernelError> {
         check("linear", "columns of x", weight.cols, x.cols)?;
         check("linear", "columns of out", weight.rows, out.cols)?;
-        let rows = x.rows().map(|x| -> Vec<f32> {
-            let bias = |n: usize| weight.bias.as_ref().map_or(0.0, |bias| bias[n]);
-            (0..weight.rows).map(|n| dot(x, &weight.data[n * x.len()..][..x.len()]) + bias(n)).collect()
-        });
-        out.set("linear", rows)
+        out.set("linear", x.rows().map(|x| weight.times(x)))
     }
 
     fn rope_and_cache(
@@ -253,16 +307,59 @@ impl Backend for Reference {
     }
 
     fn gate(&mut self, out: &mut Tensor, x: &Tensor, activation: Activation) -> Result<(), KernelError> {
-        let f = |g: f32| match activation {
-            Activation::Silu => g / (1.0 + (-g).exp()),
-            Activation::GeluTanh => 0.5 * g * (1.0 + (0.797_884_6 * (g + 0.044_715 * g.powi(3))).tanh()),
-            other => panic!("an activation without a reference: {other:?}"),
-        };
         let rows = x.rows().map(|row| -> Vec<f32> {
             let (gate, up) = row.split_at(row.len() / 2);
-            gate.iter().zip(up).map(|(g, u)| f(*g) * u).collect()
+            gate.iter().zip(up).map(|(g, u)| gated(activation, *g, *u)).collect()
         });
         out.set("gate", rows)
+    }
+
+    fn pack_experts(&self, gate_up: Vec<Matrix>, down: Vec<Matrix>) -> Result<Self::Experts, KernelError> {
+        check("pack_experts", "down matrices", gate_up.len(), down.len())?;
+        Ok(gate_up.into_iter().zip(down).collect())
+    }
+
+    fn expert_scratch(&self, _: usize, _: usize, _: usize, _: &Routing) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn experts(
+        &mut self,
+        out: &mut Tensor,
+        x: &Tensor,
+        logits: &Tensor,
+        correction: Option<&Vec<f32>>,
+        experts: &Self::Experts,
+        routing: &Routing,
+        activation: Activation,
+        (): &mut (),
+    ) -> Result<(), KernelError> {
+        check("experts", "experts", routing.num_experts, experts.len())?;
+        check("experts", "columns of logits", routing.num_experts, logits.cols)?;
+        check("experts", "rows of logits", x.rows().len(), logits.rows().len())?;
+        let row = |(x, logits): (&[f32], &[f32])| -> Vec<f32> {
+            let mut sum = vec![0.0; out.cols];
+            for (expert, weight) in routed(logits, correction, routing) {
+                let (gate_up, down) = &experts[expert];
+                let gate_up = gate_up.times(x);
+                let (gate, up) = gate_up.split_at(gate_up.len() / 2);
+                let inner: Vec<f32> = gate.iter().zip(up).map(|(g, u)| gated(activation, *g, *u)).collect();
+                sum.iter_mut().zip(down.times(&inner)).for_each(|(sum, made)| *sum += weight * made);
+            }
+            sum
+        };
+        let rows: Vec<_> = x.rows().zip(logits.rows()).map(row).collect();
+        out.set("experts", rows.iter())
+    }
+
+    fn add_gated(&mut self, out: &mut Tensor, x: &Tensor, gate: Option<&Tensor>) -> Result<(), KernelError> {
+        check("add_gated", "values of x", out.data.len(), x.data.len())?;
+        let cols = out.cols;
+        for (row, (out, x)) in out.data.chunks_exact_mut(cols).zip(x.rows()).enumerate() {
+            let weight = gate.map_or(1.0, |gate| sigmoid(gate.row(row)[0]));
+            out.iter_mut().zip(x).for_each(|(out, x)| *out += weight * x);
+        }
+        Ok(())
     }
 
     fn soft_cap(&mut self, logits: &mut Tensor, cap: f32) -> Result<(), KernelError> {

@@ -18,10 +18,11 @@ pub(crate) use neon::prefetch;
 pub(crate) use pack::{BF16_STEP, PANEL, SendPtr, Stack, bias_from_bytes, packed_bytes, place};
 pub use pack::{PackedMatrix, to_bytes};
 
+use super::experts::{Group, side_by_side};
+use super::gate::Gate;
 use super::gated::Gated;
 use super::isa::{Isa, Variant, choose};
 use super::pool::ThreadPool;
-use super::silu_mul::SiluMulRow;
 use crate::KernelError;
 use crate::error::check;
 
@@ -130,7 +131,7 @@ pub(crate) fn run_gated(
     out: &mut [f32],
     x: &[f32],
     weight: &PackedMatrix,
-    activation: SiluMulRow,
+    activation: Gate,
     pool: &ThreadPool,
 ) -> Result<(), KernelError> {
     let gated = Gated::new(out, x, [weight.rows(), weight.cols()], activation)?;
@@ -182,6 +183,45 @@ pub(crate) fn run(
         unsafe { product(&job, 0..rows, panels, out) };
     });
     Ok(())
+}
+
+/// The products of `groups` of rows with matrices of one shape, side by side: those of group `g` with `weight(g.expert)`.
+///
+/// `x`: `[rows of all groups, K]`; `out`: `[rows of all groups, N]`.
+///
+/// # Panics
+/// If groups share rows, or `x` or `out` does not hold them.
+pub(crate) fn run_groups<'a>(
+    product: Product,
+    out: &mut [f32],
+    x: &[f32],
+    groups: &[Group],
+    weight: &(dyn Fn(usize) -> &'a PackedMatrix + Sync),
+    pool: &ThreadPool,
+) {
+    let Some(rows) = group_rows(groups) else { return };
+    let first = weight(groups[0].expert);
+    assert!(x.len() == rows * first.cols() && out.len() == rows * first.rows(), "operands hold the rows of all groups");
+    let out = Output::new(out, first.rows());
+    side_by_side(pool, groups, first.num_panels(), false, &|group, panels| {
+        let weight = weight(group.expert);
+        assert!(weight.rows() == first.rows() && weight.cols() == first.cols(), "matrices are of one shape");
+        // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels of rows that no
+        // other group has, so its own part of `out`, which outlives the loop.
+        unsafe { product(&Job { x, weight }, group.rows.clone(), panels, out) };
+    });
+}
+
+/// The rows of all groups, if there are any.
+///
+/// # Panics
+/// If they do not follow one another from 0 on.
+pub(crate) fn group_rows(groups: &[Group]) -> Option<usize> {
+    let rows = groups.iter().fold(0, |next, group| {
+        assert!(group.rows.start == next && group.rows.end >= next, "groups follow one another");
+        group.rows.end
+    });
+    (rows > 0).then_some(rows)
 }
 
 #[cfg(test)]

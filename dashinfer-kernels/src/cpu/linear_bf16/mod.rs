@@ -16,11 +16,12 @@ use half::bf16;
 
 use super::aligned::AlignedBuf;
 use super::backend::CpuBackend;
+use super::experts::{Group, side_by_side};
+use super::gate::Gate;
 use super::gated::Gated;
 use super::isa::{Isa, Variant};
-use super::linear::{BF16_STEP, Output, PackedMatrix, SendPtr};
+use super::linear::{BF16_STEP, Output, PackedMatrix, SendPtr, group_rows};
 use super::pool::ThreadPool;
-use super::silu_mul::SiluMulRow;
 use super::tasks::Tasks;
 use crate::error::check;
 use crate::{DType, KernelError};
@@ -54,7 +55,12 @@ pub(crate) fn best(limit: Isa) -> Option<Product> {
 
 /// Rounded rows, in memory that is kept from product to product.
 #[derive(Debug, Default)]
-pub(crate) struct Rounded(Option<AlignedBuf<u16>>);
+pub(crate) struct Rounded {
+    codes: Option<AlignedBuf<u16>>,
+    rows: usize,
+    /// Columns in whole steps.
+    padded: usize,
+}
 
 impl Rounded {
     /// Bytes that `rows` rows of `cols` values take.
@@ -62,17 +68,40 @@ impl Rounded {
         rows.saturating_mul(cols.checked_next_multiple_of(BF16_STEP).unwrap_or(cols)).saturating_mul(2)
     }
 
-    fn fill(&mut self, x: &[f32], rows: usize, cols: usize, pool: &ThreadPool) -> Result<&[u16], KernelError> {
-        let padded = cols.next_multiple_of(BF16_STEP);
+    /// Room for `rows` rows of `padded` columns, which are what they were.
+    fn resize(&mut self, rows: usize, padded: usize) -> Result<SendPtr<u16>, KernelError> {
         let wanted = rows * padded;
-        if self.0.as_ref().is_none_or(|codes| codes.len() < wanted) {
-            self.0 = None; // given back before more is taken
+        if self.codes.as_ref().is_none_or(|codes| codes.len() < wanted) {
+            self.codes = None; // given back before more is taken
         }
-        let buffer = match &mut self.0 {
+        (self.rows, self.padded) = (rows, padded);
+        let buffer = match &mut self.codes {
             Some(buffer) => buffer,
             none => none.insert(AlignedBuf::zeroed("rounded activations", wanted)?),
         };
-        let to = SendPtr(buffer.as_mut_ptr());
+        Ok(SendPtr(buffer.as_mut_ptr()))
+    }
+
+    fn values(&self) -> &[u16] {
+        self.codes.as_ref().map_or(&[], |codes| &codes[..self.rows * self.padded])
+    }
+
+    /// Takes `rows` of another, in this order.
+    pub(crate) fn gather(&mut self, from: &Self, rows: &[u32], pool: &ThreadPool) -> Result<(), KernelError> {
+        let (padded, from) = (from.padded, from.values());
+        let to = self.resize(rows.len(), padded)?;
+        CpuBackend::for_rows(pool, rows.len(), padded, &|row| {
+            // SAFETY: each row has its own part of the buffer, which holds as many, and is written by one task.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * padded), padded) };
+            to.copy_from_slice(&from[rows[row] as usize * padded..][..padded]);
+        });
+        Ok(())
+    }
+
+    /// Rounds `x`, `[rows, cols]`.
+    pub(crate) fn fill(&mut self, x: &[f32], rows: usize, cols: usize, pool: &ThreadPool) -> Result<(), KernelError> {
+        let padded = cols.next_multiple_of(BF16_STEP);
+        let to = self.resize(rows, padded)?;
         let row = |row: usize| {
             // SAFETY: each row has its own part of the buffer, which holds `rows` of them, and is written by one task.
             let to = unsafe { std::slice::from_raw_parts_mut(to.get().add(row * padded), padded) };
@@ -83,7 +112,7 @@ impl Rounded {
             padding.fill(0);
         };
         CpuBackend::for_rows(pool, rows, cols, &row);
-        Ok(&buffer[..wanted])
+        Ok(())
     }
 }
 
@@ -113,13 +142,13 @@ pub(crate) fn run(
     if rows == 0 || weight.rows() == 0 {
         return Ok(());
     }
-    let padded = weight.cols().next_multiple_of(BF16_STEP);
-    let job = Job { x: scratch.fill(x, rows, weight.cols(), pool)?, weight, padded };
+    scratch.fill(x, rows, weight.cols(), pool)?;
+    let job = Job { x: scratch.values(), weight, padded: scratch.padded };
     let out = Output::new(out, weight.rows());
     // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own columns of its own rows of
     // `out`, which outlives the loop.
     let task = |rows, panels| unsafe { product(&job, rows, panels, out) };
-    Tasks::new(rows, 2 * padded, weight.num_panels(), pool).run(pool, &task);
+    Tasks::new(rows, 2 * scratch.padded, weight.num_panels(), pool).run(pool, &task);
     Ok(())
 }
 
@@ -129,17 +158,49 @@ pub(crate) fn run_gated(
     out: &mut [f32],
     x: &[f32],
     weight: &PackedMatrix,
-    activation: SiluMulRow,
+    activation: Gate,
     scratch: &mut Rounded,
     pool: &ThreadPool,
 ) -> Result<(), KernelError> {
     check("gated_linear", "bytes of a weight", DType::BF16.size_bytes(), weight.dtype().size_bytes())?;
     let gated = Gated::new(out, x, [weight.rows(), weight.cols()], activation)?;
-    let padded = weight.cols().next_multiple_of(BF16_STEP);
-    let job = Job { x: scratch.fill(x, gated.rows(), weight.cols(), pool)?, weight, padded };
+    scratch.fill(x, gated.rows(), weight.cols(), pool)?;
+    let job = Job { x: scratch.values(), weight, padded: scratch.padded };
     // SAFETY: the variant was chosen for this machine; lengths were checked; each task has its own columns.
     unsafe { gated.run(&|rows, panels, out| product(&job, rows, panels, out), pool) };
     Ok(())
+}
+
+/// [`linear::run_groups`](super::linear::run_groups) of rounded rows: `x`, `[rows of all groups, K]`. The matrices are of bf16.
+///
+/// # Panics
+/// As there.
+pub(crate) fn run_groups<'a>(
+    product: Product,
+    out: &mut [f32],
+    x: &Rounded,
+    groups: &[Group],
+    weight: &(dyn Fn(usize) -> &'a PackedMatrix + Sync),
+    pool: &ThreadPool,
+) {
+    let Some(rows) = group_rows(groups) else { return };
+    let first = weight(groups[0].expert);
+    let padded = first.cols().next_multiple_of(BF16_STEP);
+    assert!(
+        x.rows == rows && x.padded == padded && out.len() == rows * first.rows(),
+        "operands hold the rows of all groups"
+    );
+    let out = Output::new(out, first.rows());
+    side_by_side(pool, groups, first.num_panels(), true, &|group, panels| {
+        let weight = weight(group.expert);
+        let like_first =
+            weight.rows() == first.rows() && weight.cols() == first.cols() && weight.dtype() == DType::BF16;
+        assert!(like_first, "matrices are of one shape, of bf16");
+        let job = Job { x: x.values(), weight, padded };
+        // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels of rows that no
+        // other group has, so its own part of `out`, which outlives the loop.
+        unsafe { product(&job, group.rows.clone(), panels, out) };
+    });
 }
 
 /// A stored value of an operand.

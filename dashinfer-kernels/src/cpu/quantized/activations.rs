@@ -55,7 +55,7 @@ pub(crate) struct Activations {
 
 impl Activations {
     /// Rounds `x`, `[rows, cols]`, for a product with weights of `matrix`.
-    pub(super) fn fill(
+    pub(crate) fn fill(
         &mut self,
         x: &[f32],
         rows: usize,
@@ -64,6 +64,36 @@ impl Activations {
         pool: &ThreadPool,
     ) -> Result<(), KernelError> {
         let (cols, cut, scheme) = (matrix.cols(), matrix.cut(), matrix.scheme());
+        let Some(to) = self.resize(rows, cut, operand)? else { return Ok(()) };
+        let round = best_rounder();
+        let row = |row: usize| {
+            // SAFETY: each row is written by one task.
+            let (codes, scales, corrections) = unsafe { to.row(row) };
+            let job = Row { x: &x[row * cols..][..cols], scheme, cut, operand };
+            // SAFETY: the variant was chosen for this machine.
+            unsafe { round(&job, codes, scales, corrections) };
+        };
+        CpuBackend::for_rows(pool, rows, cols, &row);
+        Ok(())
+    }
+
+    /// Takes `rows` of another, in this order.
+    pub(crate) fn gather(&mut self, from: &Self, rows: &[u32], pool: &ThreadPool) -> Result<(), KernelError> {
+        let (Some(operand), Some(cut)) = (from.operand, from.cut) else { return Ok(()) };
+        let Some(to) = self.resize(rows.len(), cut, operand)? else { return Ok(()) };
+        CpuBackend::for_rows(pool, rows.len(), cut.padded, &|row| {
+            // SAFETY: each row is written by one task.
+            let (codes, scales, corrections) = unsafe { to.row(row) };
+            let row = rows[row] as usize;
+            codes.copy_from_slice(&from.codes(row)[..codes.len()]);
+            scales.copy_from_slice(&from.scales(row)[..scales.len()]);
+            corrections.copy_from_slice(&from.corrections[row * cut.groups()..][..corrections.len()]);
+        });
+        Ok(())
+    }
+
+    /// Room for `rows` rows, which are what they were.
+    fn resize(&mut self, rows: usize, cut: Cut, operand: Operand) -> Result<Option<To>, KernelError> {
         let (groups, row_bytes) = (cut.groups(), cut.padded * operand.size());
         let wanted = rows.saturating_mul(row_bytes);
         if self.codes.as_ref().is_none_or(|codes| codes.len() < wanted) {
@@ -73,31 +103,26 @@ impl Activations {
         self.scales.resize(rows * groups, 0.0);
         self.corrections.resize(rows * groups, 0);
         (self.operand, self.rows, self.cut) = (Some(operand), rows, Some(cut));
-        let Some(codes) = &mut self.codes else { return Ok(()) };
-        let to =
-            (SendPtr(codes.as_mut_ptr()), SendPtr(self.scales.as_mut_ptr()), SendPtr(self.corrections.as_mut_ptr()));
-        let round = best_rounder();
-        let row = |row: usize| {
-            // SAFETY: each row has its own part of the three buffers, which hold `rows` of them, and is written by one task.
-            let (codes, scales, corrections) = unsafe {
-                (
-                    std::slice::from_raw_parts_mut(to.0.get().add(row * row_bytes), row_bytes),
-                    std::slice::from_raw_parts_mut(to.1.get().add(row * groups), groups),
-                    std::slice::from_raw_parts_mut(to.2.get().add(row * groups), groups),
-                )
-            };
-            let job = Row { x: &x[row * cols..][..cols], scheme, cut, operand };
-            // SAFETY: the variant was chosen for this machine.
-            unsafe { round(&job, codes, scales, corrections) };
+        let (scales, corrections) = (SendPtr(self.scales.as_mut_ptr()), SendPtr(self.corrections.as_mut_ptr()));
+        let to = |codes: &mut AlignedBuf<u8>| To {
+            codes: SendPtr(codes.as_mut_ptr()),
+            scales,
+            corrections,
+            row_bytes,
+            groups,
         };
-        CpuBackend::for_rows(pool, rows, cols, &row);
-        Ok(())
+        Ok(self.codes.as_mut().map(to))
+    }
+
+    /// Whether these are `rows` rows, rounded for products with weights like `matrix`.
+    pub(super) fn fits(&self, rows: usize, matrix: &QuantizedMatrix) -> bool {
+        self.rows == rows && self.cut == Some(matrix.cut())
     }
 
     /// Bytes that `rows` rows of `cols` values take at most, in any scheme.
     pub(crate) fn max_bytes(rows: usize, cols: usize) -> usize {
         // Two bytes a code, and a scale and a correction for each 32.
-        rows.saturating_mul(cols.next_multiple_of(128)).saturating_mul(2 * 32 + 8) / 32
+        rows.saturating_mul(cols.checked_next_multiple_of(128).unwrap_or(cols)).saturating_mul(2 * 32 + 8) / 32
     }
 
     /// Bytes of a row's codes.
@@ -150,6 +175,33 @@ impl Activations {
                 256 * i32::from(codes[k].cast_signed()) + i32::from(codes[padded + k].cast_signed())
             }
             Some(Operand::Bytes) | None => i32::from(codes[k].cast_signed()),
+        }
+    }
+}
+
+/// Where rows go.
+#[derive(Clone, Copy)]
+struct To {
+    codes: SendPtr<u8>,
+    scales: SendPtr<f32>,
+    corrections: SendPtr<i32>,
+    row_bytes: usize,
+    groups: usize,
+}
+
+impl To {
+    /// Codes, scales and corrections of row `row`.
+    ///
+    /// # Safety
+    /// There is such a row, no other part of the program has it, and the [`Activations`] outlive what comes of it.
+    unsafe fn row<'a>(self, row: usize) -> (&'a mut [u8], &'a mut [f32], &'a mut [i32]) {
+        // SAFETY: each row has its own part of the three buffers; the rest is the caller's promise.
+        unsafe {
+            (
+                std::slice::from_raw_parts_mut(self.codes.get().add(row * self.row_bytes), self.row_bytes),
+                std::slice::from_raw_parts_mut(self.scales.get().add(row * self.groups), self.groups),
+                std::slice::from_raw_parts_mut(self.corrections.get().add(row * self.groups), self.groups),
+            )
         }
     }
 }

@@ -30,11 +30,12 @@ pub(crate) use activations::{Activations, Operand};
 pub use matrix::QuantizedMatrix;
 pub(crate) use matrix::packed_bytes;
 
+use super::experts::{Group, side_by_side};
+use super::gate::Gate;
 use super::gated::Gated;
 use super::isa::{Isa, Variant, choose};
-use super::linear::Output;
+use super::linear::{Output, group_rows};
 use super::pool::ThreadPool;
-use super::silu_mul::SiluMulRow;
 use super::tasks::Tasks;
 use crate::error::check;
 use crate::{KernelError, Scheme};
@@ -70,6 +71,13 @@ pub(crate) static VARIANTS: &[Variant<Product>] = &[
     Variant { isa: Isa::Scalar, run: Product { operand: |_| Operand::Words, run: scalar::product } },
 ];
 
+impl Product {
+    /// How the activations of `scheme` are to be laid out.
+    pub(crate) fn operand(self, scheme: Scheme) -> Operand {
+        (self.operand)(scheme)
+    }
+}
+
 /// The best variant that needs no more than `limit`.
 pub(crate) fn best(limit: Isa) -> Product {
     choose(VARIANTS, limit)
@@ -92,7 +100,7 @@ pub(crate) fn run(
     if rows == 0 || weight.rows() == 0 {
         return Ok(());
     }
-    scratch.fill(x, rows, weight, (product.operand)(weight.scheme()), pool)?;
+    scratch.fill(x, rows, weight, product.operand(weight.scheme()), pool)?;
     let out = Output::new(out, weight.rows());
     let job = Job { x: scratch, weight };
     let tasks = Tasks::new(rows, scratch.row_bytes(), weight.num_panels(), pool);
@@ -108,16 +116,42 @@ pub(crate) fn run_gated(
     out: &mut [f32],
     x: &[f32],
     weight: &QuantizedMatrix,
-    activation: SiluMulRow,
+    activation: Gate,
     scratch: &mut Activations,
     pool: &ThreadPool,
 ) -> Result<(), KernelError> {
     let gated = Gated::new(out, x, [weight.rows(), weight.cols()], activation)?;
-    scratch.fill(x, gated.rows(), weight, (product.operand)(weight.scheme()), pool)?;
+    scratch.fill(x, gated.rows(), weight, product.operand(weight.scheme()), pool)?;
     let job = Job { x: scratch, weight };
     // SAFETY: the variant was chosen for this machine; lengths were checked; each task has its own columns.
     unsafe { gated.run(&|rows, panels, out| (product.run)(&job, rows, panels, out), pool) };
     Ok(())
+}
+
+/// [`linear::run_groups`](super::linear::run_groups) of quantized rows: `x`, `[rows of all groups, K]`, was filled for matrices like these.
+///
+/// # Panics
+/// As there.
+pub(crate) fn run_groups<'a>(
+    product: Product,
+    out: &mut [f32],
+    x: &Activations,
+    groups: &[Group],
+    weight: &(dyn Fn(usize) -> &'a QuantizedMatrix + Sync),
+    pool: &ThreadPool,
+) {
+    let Some(rows) = group_rows(groups) else { return };
+    let first = weight(groups[0].expert);
+    assert!(x.fits(rows, first) && out.len() == rows * first.rows(), "operands hold the rows of all groups");
+    let out = Output::new(out, first.rows());
+    side_by_side(pool, groups, first.num_panels(), rows >= 16, &|group, panels| {
+        let weight = weight(group.expert);
+        let like_first = weight.rows() == first.rows() && weight.cols() == first.cols();
+        assert!(like_first && weight.scheme() == first.scheme(), "matrices are of one shape and scheme");
+        // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels of rows that no
+        // other group has, so its own part of `out`, which outlives the loop.
+        unsafe { (product.run)(&Job { x, weight }, group.rows.clone(), panels, out) };
+    });
 }
 
 #[cfg(test)]
