@@ -304,6 +304,7 @@ impl Backend for CpuBackend {
             | Feature::AttentionSoftCap
             | Feature::AttentionSinks
             | Feature::LogitSoftCap => true,
+            Feature::LatentAttention => false,
         }
     }
 
