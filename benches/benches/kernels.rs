@@ -17,8 +17,8 @@ use benches::{machine, naive};
 use criterion::{Criterion, Throughput};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, Isa, PoolConfig, to_bytes};
 use dashinfer_kernels::{
-    Activation, AttentionParams, Backend, CacheType, DType, Issue, KvCacheSpec, MatrixView, PagedBatch, Rope,
-    RopePairs, SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
+    Activation, AttentionParams, Backend, CacheLayout, CacheType, DType, Issue, KvCacheSpec, MatrixView, PagedBatch,
+    Rope, RopePairs, SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
 };
 
 const FITS: &str = "the operands of a benchmark fit each other";
@@ -384,6 +384,7 @@ fn cache_spec(
         num_kv_heads: params.num_kv_heads,
         head_dim: params.head_dim,
         cache_type,
+        layout: CacheLayout::KeysAndValues,
     }
 }
 

@@ -3,7 +3,7 @@
 //! Counted are matrix products and attention, two operations for each multiply-add. Norms, activations and sampling are
 //! not; neither is the last layer's work behind attention for rows that get no logits, which nobody needs.
 
-use dashinfer_models::ModelSpec;
+use dashinfer_models::{Attention, GroupedAttention, LatentAttention, ModelSpec};
 
 /// The work of one model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -28,23 +28,17 @@ impl Work {
     /// `kv_bytes_per_token`.
     #[must_use]
     pub fn new(spec: &ModelSpec, weight_bytes: u64, element_bytes: f64, kv_bytes_per_token: u64) -> Self {
-        let attention = spec.attention;
-        let [hidden, q, kv, mlp, vocab] = [
-            spec.hidden_size,
-            attention.num_heads * attention.head_dim,
-            attention.num_kv_heads * attention.head_dim,
-            spec.mlp.size,
-            spec.vocab_size,
-        ]
-        .map(|size| size as f64);
+        let [hidden, out, mlp, vocab] =
+            [spec.hidden_size, spec.attention.out_size(), spec.mlp.size, spec.vocab_size].map(|size| size as f64);
+        let (qkv, attention_pair) = attention_work(&spec.attention, hidden);
         let head = hidden * vocab;
         let only_gathered = if spec.tied_embeddings { 0.0 } else { head * element_bytes };
         Self {
             layers: spec.num_layers() as f64,
-            qkv: hidden * (q + 2.0 * kv),
-            behind_attention: q * hidden + 3.0 * hidden * mlp,
+            qkv,
+            behind_attention: out * hidden + 3.0 * hidden * mlp,
             head,
-            attention_pair: 4.0 * q,
+            attention_pair,
             weight_bytes: weight_bytes as f64 - only_gathered,
             kv_bytes_per_token: kv_bytes_per_token as f64,
             window: spec.layers.iter().map(|layer| layer.window).min().flatten(),
@@ -82,15 +76,36 @@ impl Work {
     }
 }
 
+/// Multiply-adds of a row before attention (and, of latent vectors, behind it, between heads and latent vectors), and operations for each
+/// pair of a row and a position.
+fn attention_work(attention: &Attention, hidden: f64) -> (f64, f64) {
+    match attention {
+        Attention::Grouped(GroupedAttention { num_heads, num_kv_heads, head_dim, .. }) => {
+            let [q, kv] = [num_heads * head_dim, num_kv_heads * head_dim].map(|size| size as f64);
+            (hidden * (q + 2.0 * kv), 4.0 * q)
+        }
+        Attention::Latent(LatentAttention { num_heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim, .. }) => {
+            let [heads, rank, nope, rope, v] =
+                [*num_heads, *kv_rank, *nope_dim, *rope_dim, *v_dim].map(|size| size as f64);
+            let q = heads * (nope + rope);
+            let queries = q_rank.map_or(hidden * q, |q_rank| (hidden + q) * q_rank as f64);
+            let between = heads * (nope + v) * rank;
+            (queries + hidden * (rank + rope) + between, 2.0 * heads * (2.0 * rank + rope))
+        }
+        other => panic!("an attention whose work nobody has counted: {other:?}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use dashinfer_kernels::CacheType;
     use dashinfer_models::shapes;
 
     use super::*;
 
     fn work(shape: &str) -> Work {
         let spec = shapes::named(shape).unwrap();
-        let kv_bytes = 2 * spec.num_layers() * spec.attention.num_kv_heads * spec.attention.head_dim * 2;
+        let kv_bytes = spec.kv_cache(1, 1, CacheType::BF16).block_bytes();
         Work::new(&spec, 2 * spec.num_parameters(), 2.0, kv_bytes as u64)
     }
 

@@ -131,6 +131,19 @@ pub enum RopePairs {
     Interleaved,
 }
 
+/// What a cache keeps of a token in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheLayout {
+    /// The key and the value of each key/value head.
+    KeysAndValues,
+    /// One key, whose first values are the value as well: the latent vector of `rank` values, then what is rotated.
+    /// [`Feature::LatentAttention`].
+    Latent {
+        /// Values of the latent vector, `C`.
+        rank: usize,
+    },
+}
+
 /// The paged cache of one model's keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvCacheSpec {
@@ -140,19 +153,30 @@ pub struct KvCacheSpec {
     pub num_blocks: usize,
     /// Tokens in a block, `B`: 16, 32, 64 or 128.
     pub block_size: usize,
-    /// Key/value heads, `K`.
+    /// Key/value heads, `K`: 1 of latent vectors.
     pub num_kv_heads: usize,
-    /// Head size, `D`.
+    /// Head size, `D`: that of keys, `C + R`, of latent vectors.
     pub head_dim: usize,
     /// Type of the stored elements.
     pub cache_type: CacheType,
+    /// What is stored.
+    pub layout: CacheLayout,
 }
 
 impl KvCacheSpec {
     /// Bytes that one block takes over all layers, keys and values.
     #[must_use]
     pub const fn block_bytes(&self) -> usize {
-        self.num_layers * self.block_size * self.num_kv_heads * self.cache_type.head_bytes(self.head_dim)
+        self.num_layers * self.block_size * self.num_kv_heads * self.head_bytes()
+    }
+
+    /// Bytes of what is kept of one token for one head in one layer.
+    #[must_use]
+    pub const fn head_bytes(&self) -> usize {
+        match self.layout {
+            CacheLayout::KeysAndValues => self.cache_type.head_bytes(self.head_dim),
+            CacheLayout::Latent { .. } => self.cache_type.latent_bytes(self.head_dim),
+        }
     }
 }
 
@@ -194,6 +218,46 @@ impl AttentionParams {
         }
         Err(KernelError::Shape { op, what: "layers of the cache", wanted: layer + 1, found: cache.num_layers })
     }
+}
+
+/// The facts that latent attention needs. <https://arxiv.org/abs/2405.04434>, section 2.1
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentParams {
+    /// Heads, `H`.
+    pub num_heads: usize,
+    /// Values of the latent vector that keys and values of all heads are made of, `C`.
+    pub rank: usize,
+    /// Values of a head's query and key that are not rotated, `N`.
+    pub nope_dim: usize,
+    /// Values of a head's query that are rotated, and of the one rotated part of the key, which the heads share, `R`.
+    pub rope_dim: usize,
+    /// Values of a head's output.
+    pub v_dim: usize,
+    /// Factor on `q · k`.
+    pub scale: f32,
+}
+
+impl LatentParams {
+    /// Values of what the cache keeps of a token, `C + R`.
+    #[must_use]
+    pub const fn width(&self) -> usize {
+        self.rank + self.rope_dim
+    }
+
+    /// Values of a head's query, `N + R`.
+    #[must_use]
+    pub const fn q_dim(&self) -> usize {
+        self.nope_dim + self.rope_dim
+    }
+}
+
+/// The matrices between the heads of a layer and its latent vectors. Those of the heads are stacked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LatentHeads<L> {
+    /// `[H · C, N]`, `[C, N]` for each head: from the part of its query that is not rotated to a query of latent vectors.
+    pub queries: L,
+    /// `[H · v_dim, C]`, `[v_dim, C]` for each head: from a mean of latent vectors to its output.
+    pub values: L,
 }
 
 /// The function on the gate of a gated feed-forward layer: `out = f(gate) · up`. <https://arxiv.org/abs/2002.05202>
@@ -244,6 +308,8 @@ pub enum Feature {
     ClampedSwiglu,
     /// Mixtures of experts.
     Experts,
+    /// Latent attention, and its caches.
+    LatentAttention,
 }
 
 impl fmt::Display for Feature {
@@ -256,6 +322,7 @@ impl fmt::Display for Feature {
             Self::LogitSoftCap => "soft caps on logits",
             Self::ClampedSwiglu => "the clamped activation swiglu",
             Self::Experts => "mixtures of experts",
+            Self::LatentAttention => "latent attention",
         })
     }
 }
@@ -460,6 +527,47 @@ pub trait Backend: Send + 'static {
         params: &AttentionParams,
         sinks: Option<&Self::Vector>,
     ) -> Result<(), KernelError>;
+
+    /// Norms the latent vectors, rotates the last `R` values of each head's query and those behind each latent vector, in place, and puts
+    /// latent vectors with what was rotated behind them into the cache at each row's slot. `q`: `[T, H · (N + R)]`; `kv`: `[T, C + R]`;
+    /// `norm`: `[C]`, with `eps` added to the mean square. `rope`: index into the ropes of [`begin_step`](Self::begin_step).
+    ///
+    /// [`latent_attention`](Self::latent_attention) of the same layer follows, or the end of the step, as for
+    /// [`rope_and_cache`](Self::rope_and_cache). [`Feature::LatentAttention`].
+    #[expect(clippy::too_many_arguments, reason = "operands of one operator")]
+    fn latent_rope_and_cache(
+        &mut self,
+        _q: &mut Self::Tensor,
+        _kv: &mut Self::Tensor,
+        _cache: &mut Self::KvCache,
+        _layer: usize,
+        _params: &LatentParams,
+        _rope: usize,
+        _norm: (&Self::Vector, f32),
+    ) -> Result<(), KernelError> {
+        let what = Feature::LatentAttention.to_string();
+        Err(KernelError::Unsupported { op: "latent_rope_and_cache", what, backend: self.name() })
+    }
+
+    /// Causal attention of each row over its sequence's cached latent vectors `c[p]`, rotated parts `r[p]` behind them. With the
+    /// query of head `h` as `n` (`N` values) and `r'` (`R` values), `s = softmax_p(scale · (queries[h] · n · c[p] + r' · r[p]))`,
+    /// `out[t, h] = values[h] · Σ_p s[p] · c[p]`.
+    ///
+    /// So neither keys nor values of heads are ever made: `queries[h] · n` is the same product with the latent vector as `n` with the key
+    /// that would be made of it. `q` as [`latent_rope_and_cache`](Self::latent_rope_and_cache) left it; `out`: `[T, H · v_dim]`.
+    /// [`Feature::LatentAttention`].
+    fn latent_attention(
+        &mut self,
+        _out: &mut Self::Tensor,
+        _q: &Self::Tensor,
+        _cache: &Self::KvCache,
+        _layer: usize,
+        _params: &LatentParams,
+        _heads: &LatentHeads<Self::Linear>,
+    ) -> Result<(), KernelError> {
+        let what = Feature::LatentAttention.to_string();
+        Err(KernelError::Unsupported { op: "latent_attention", what, backend: self.name() })
+    }
 
     /// `out[t, i] = f(x[t, i]) · x[t, F + i]` with the activation `f`. `x`: `[T, 2 F]`, gate then up; `out`: `[T, F]`.
     fn gate(&mut self, out: &mut Self::Tensor, x: &Self::Tensor, activation: Activation) -> Result<(), KernelError>;

@@ -63,6 +63,13 @@ impl CacheType {
         head_dim.next_multiple_of(16) * (self.key_bits() + self.value_bits()) / 8 + 2 * self.scale_bytes()
     }
 
+    /// Bytes of what is kept of one token in a cache of latent vectors, `width` values that are key and value at once. Of integers it
+    /// would be as of a value of [`Int8`](Self::Int8), which no backend has.
+    #[must_use]
+    pub const fn latent_bytes(self, width: usize) -> usize {
+        width.next_multiple_of(16) * self.key_bits() / 8 + self.scale_bytes()
+    }
+
     /// The name used on command lines: `f32`, `f16`, `bf16`, `int8`, `uint4`.
     #[must_use]
     pub const fn name(self) -> &'static str {

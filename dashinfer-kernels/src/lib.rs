@@ -21,8 +21,8 @@ mod sample;
 mod shared;
 
 pub use backend::{
-    Activation, AttentionParams, Backend, CarriedId, Feature, Issue, KvCacheSpec, MatrixView, PackedShape, PagedBatch,
-    QkNorm, Rope, RopePairs, SequenceRows, StepRows, TensorUse,
+    Activation, AttentionParams, Backend, CacheLayout, CarriedId, Feature, Issue, KvCacheSpec, LatentHeads,
+    LatentParams, MatrixView, PackedShape, PagedBatch, QkNorm, Rope, RopePairs, SequenceRows, StepRows, TensorUse,
 };
 pub use cache_type::CacheType;
 pub use dtype::{DType, element, to_f32};

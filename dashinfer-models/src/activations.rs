@@ -2,7 +2,7 @@
 
 use dashinfer_kernels::{Backend, DType, KernelError, TensorUse};
 
-use crate::ModelSpec;
+use crate::{Attention, GroupedAttention, LatentAttention, ModelSpec};
 
 /// The largest step that a decoder has room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,20 +17,45 @@ pub struct StepLimits {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Widths {
     hidden: usize,
-    qkv: usize,
+    attention: AttentionWidths,
     heads: usize,
     mlp: usize,
     vocab: usize,
     post_norms: bool,
 }
 
+/// Columns of what attention works in before its output.
+#[derive(Debug, Clone, Copy)]
+enum AttentionWidths {
+    Grouped { qkv: usize },
+    Latent { q: usize, compressed: Option<usize>, kv: usize },
+}
+
+impl AttentionWidths {
+    fn total(self) -> usize {
+        match self {
+            Self::Grouped { qkv } => qkv,
+            Self::Latent { q, compressed, kv } => q + 2 * compressed.unwrap_or(0) + kv,
+        }
+    }
+}
+
 impl Widths {
     pub(crate) fn new(spec: &ModelSpec) -> Self {
-        let attention = spec.attention;
+        let (attention, heads) = match &spec.attention {
+            Attention::Grouped(GroupedAttention { num_heads, num_kv_heads, head_dim, .. }) => {
+                let qkv = (num_heads + 2 * num_kv_heads) * head_dim;
+                (AttentionWidths::Grouped { qkv }, num_heads * head_dim)
+            }
+            Attention::Latent(LatentAttention { num_heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim, .. }) => {
+                let (q, kv) = (num_heads * (nope_dim + rope_dim), kv_rank + rope_dim);
+                (AttentionWidths::Latent { q, compressed: *q_rank, kv }, num_heads * v_dim)
+            }
+        };
         Self {
             hidden: spec.hidden_size,
-            qkv: (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim,
-            heads: attention.num_heads * attention.head_dim,
+            attention,
+            heads,
             mlp: spec.mlp.size,
             vocab: spec.vocab_size,
             post_norms: spec.post_norms,
@@ -39,7 +64,8 @@ impl Widths {
 
     /// Bytes of all activations of type `dtype`, and of logits, which are f32.
     pub(crate) fn bytes(&self, limits: StepLimits, dtype: DType) -> u64 {
-        let token = if self.post_norms { 4 } else { 3 } * self.hidden + self.qkv + self.heads + 3 * self.mlp;
+        let token =
+            if self.post_norms { 4 } else { 3 } * self.hidden + self.attention.total() + self.heads + 3 * self.mlp;
         let picked = self.hidden + self.heads;
         let times = |rows: usize, cols: usize, size: usize| {
             (rows as u64).saturating_mul(cols as u64).saturating_mul(size as u64)
@@ -60,8 +86,7 @@ pub(crate) struct Activations<T> {
     pub(crate) delta: T,
     /// `[T, E]`: `delta`, normed, where that is so.
     pub(crate) post: Option<T>,
-    /// `[T, (H + 2 K) · D]`
-    pub(crate) qkv: T,
+    pub(crate) attention: AttentionActivations<T>,
     /// `[T, H · D]`
     pub(crate) heads: T,
     /// `[T, 2 F]`
@@ -74,6 +99,22 @@ pub(crate) struct Activations<T> {
     pub(crate) picked_heads: T,
     /// `[R, V]`
     pub(crate) logits: T,
+}
+
+/// What attention works in before its output.
+pub(crate) enum AttentionActivations<T> {
+    Grouped {
+        /// `[T, (H + 2 K) · D]`
+        qkv: T,
+    },
+    Latent {
+        /// `[T, H · (N + R)]`
+        q: T,
+        /// `[T, Q]` twice, where queries are made of compressed vectors: those, and normed.
+        compressed: Option<[T; 2]>,
+        /// `[T, C + R]`
+        kv: T,
+    },
 }
 
 impl<T> Activations<T> {
@@ -90,7 +131,17 @@ impl<T> Activations<T> {
             normed: of_tokens(widths.hidden)?,
             delta: of_tokens(widths.hidden)?,
             post: widths.post_norms.then(|| of_tokens(widths.hidden)).transpose()?,
-            qkv: of_tokens(widths.qkv)?,
+            attention: match widths.attention {
+                AttentionWidths::Grouped { qkv } => AttentionActivations::Grouped { qkv: of_tokens(qkv)? },
+                AttentionWidths::Latent { q, compressed, kv } => AttentionActivations::Latent {
+                    q: of_tokens(q)?,
+                    compressed: match compressed {
+                        Some(rank) => Some([of_tokens(rank)?, of_tokens(rank)?]),
+                        None => None,
+                    },
+                    kv: of_tokens(kv)?,
+                },
+            },
             heads: of_tokens(widths.heads)?,
             gate_up: of_tokens(2 * widths.mlp)?,
             inner: of_tokens(widths.mlp)?,

@@ -6,7 +6,7 @@ use dashinfer_kernels::{Activation, DType, RopePairs};
 use serde_json::{Map, Value};
 
 use crate::{
-    Attention, ConfigError, FAMILIES, LayerSpec, Mlp, ModelSpec, RopeSpec, TensorNames,
+    Attention, ConfigError, FAMILIES, GroupedAttention, LayerSpec, Mlp, ModelSpec, RopeSpec, TensorNames,
     json::{self, Object},
 };
 
@@ -93,7 +93,7 @@ impl HfConfig {
             post_norms: false,
             embedding_scale: 1.0,
             logit_soft_cap: None,
-            attention: Attention {
+            attention: Attention::Grouped(GroupedAttention {
                 num_heads,
                 num_kv_heads: config.count("num_key_value_heads")?.unwrap_or(num_heads),
                 head_dim,
@@ -103,7 +103,7 @@ impl HfConfig {
                 scale: 1.0 / (head_dim as f32).sqrt(),
                 soft_cap: None,
                 sinks: false,
-            },
+            }),
             mlp: Mlp { size: config.required_count("intermediate_size")?, bias: false, activation },
             ropes: vec![RopeSpec::from_config(config, head_dim, max_positions, RopePairs::Halves)?],
             layers: vec![LayerSpec { window: None, rope: 0 }; num_layers],
@@ -194,8 +194,8 @@ pub(crate) mod tests {
     fn what_is_missing_or_null_takes_the_references_default() {
         let changes = json!({"head_dim": null, "num_key_value_heads": null, "rms_norm_eps": null, "rope_theta": null,
             "tie_word_embeddings": null, "hidden_act": null, "torch_dtype": null});
-        let spec = config("LlamaForCausalLM", changes).to_spec().unwrap();
-        assert_eq!((spec.attention.head_dim, spec.attention.num_kv_heads), (16, 4));
+        let mut spec = config("LlamaForCausalLM", changes).to_spec().unwrap();
+        assert_eq!((spec.grouped().head_dim, spec.grouped().num_kv_heads), (16, 4));
         assert_eq!((spec.norm_eps, spec.ropes[0].theta, spec.tied_embeddings), (1e-6, 10000.0, false));
         assert_eq!(spec.dtype, None);
     }

@@ -9,12 +9,15 @@
 use dashinfer_kernels::{Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
 
 use crate::{
-    ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits, WeightCache,
+    Attention, ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits, WeightCache,
     WeightSource, WeightsFrom,
-    activations::Activations,
+    activations::{Activations, AttentionActivations},
     loader,
-    weights::{LayerWeights, Weights},
+    weights::{AttentionWeights, LatentQueryWeights, LayerWeights, Weights},
 };
+
+/// Why weights and activations are of the kind that the spec says.
+const OF_ONE_SPEC: &str = "weights and activations are made for the spec";
 
 /// Is shown hidden states, with their layer; see [`Decoder::forward_observed`].
 type Observe<'a, B> = dyn FnMut(&B, usize, &<B as Backend>::Tensor) + 'a;
@@ -207,16 +210,47 @@ impl<B: Backend> Decoder<B> {
             backend.add_rms_norm(&mut x.normed, &mut x.residual, &x.delta, norm, spec.norm_eps)?;
         }
         observe(backend, layer, &x.residual);
-        backend.linear(&mut x.qkv, &x.normed, &layer_weights.attention.qkv)?;
-        let qk_norm = layer_weights.attention.qk_norm.as_ref();
-        let qk_norm = qk_norm.map(|norms| QkNorm { q: &norms.q, k: &norms.k, eps: spec.norm_eps });
-        backend.rope_and_cache(&mut x.qkv, cache, layer, &spec.attention_params(facts), facts.rope, qk_norm)
+        match (&spec.attention, &layer_weights.attention, &mut x.attention) {
+            (Attention::Grouped(attention), AttentionWeights::Grouped(w), AttentionActivations::Grouped { qkv }) => {
+                backend.linear(qkv, &x.normed, &w.qkv)?;
+                let qk_norm = w.qk_norm.as_ref();
+                let qk_norm = qk_norm.map(|norms| QkNorm { q: &norms.q, k: &norms.k, eps: spec.norm_eps });
+                backend.rope_and_cache(qkv, cache, layer, &attention.params(facts), facts.rope, qk_norm)
+            }
+            (
+                Attention::Latent(attention),
+                AttentionWeights::Latent(w),
+                AttentionActivations::Latent { q, compressed, kv },
+            ) => {
+                match (&w.queries, compressed) {
+                    (LatentQueryWeights::Compressed { down, norm, up }, Some([compressed, normed])) => {
+                        backend.linear(compressed, &x.normed, down)?;
+                        backend.rms_norm(normed, compressed, norm, attention.norm_eps)?;
+                        backend.linear(q, normed, up)?;
+                    }
+                    (LatentQueryWeights::Direct(weight), None) => backend.linear(q, &x.normed, weight)?,
+                    _ => unreachable!("{OF_ONE_SPEC}"),
+                }
+                backend.linear(kv, &x.normed, &w.kv)?;
+                let norm = (&w.kv_norm, attention.norm_eps);
+                backend.latent_rope_and_cache(q, kv, cache, layer, &attention.params(), facts.rope, norm)
+            }
+            _ => unreachable!("{OF_ONE_SPEC}"),
+        }
     }
 
     fn attend(&mut self, layer: usize, cache: &B::KvCache) -> Result<(), KernelError> {
         let Self { backend, spec, weights, activations: x, .. } = self;
-        let sinks = weights.layers[layer].attention.sinks.as_ref();
-        backend.attention(&mut x.heads, &x.qkv, cache, layer, &spec.attention_params(&spec.layers[layer]), sinks)
+        match (&spec.attention, &weights.layers[layer].attention, &x.attention) {
+            (Attention::Grouped(attention), AttentionWeights::Grouped(w), AttentionActivations::Grouped { qkv }) => {
+                let params = attention.params(&spec.layers[layer]);
+                backend.attention(&mut x.heads, qkv, cache, layer, &params, w.sinks.as_ref())
+            }
+            (Attention::Latent(attention), AttentionWeights::Latent(w), AttentionActivations::Latent { q, .. }) => {
+                backend.latent_attention(&mut x.heads, q, cache, layer, &attention.params(), &w.heads)
+            }
+            _ => unreachable!("{OF_ONE_SPEC}"),
+        }
     }
 
     /// Gathers the rows that get logits, unless all do (a step of decodes). Returns whether it did.
@@ -234,10 +268,11 @@ impl<B: Backend> Decoder<B> {
     /// What follows attention in a layer: its output projection, and the MLP, whose result is left in `delta`.
     fn finish_layer(&mut self, layer: usize, picked: bool) -> Result<(), KernelError> {
         let Self { backend, spec, weights, activations: x, .. } = self;
-        let LayerWeights { attention, post_attention_norm, mlp_norm, mlp, post_mlp_norm, .. } = &weights.layers[layer];
+        let LayerWeights { attention_out, post_attention_norm, mlp_norm, mlp, post_mlp_norm, .. } =
+            &weights.layers[layer];
         let (heads, residual) =
             if picked { (&x.picked_heads, &mut x.picked_residual) } else { (&x.heads, &mut x.residual) };
-        backend.linear(&mut x.delta, heads, &attention.out)?;
+        backend.linear(&mut x.delta, heads, attention_out)?;
         post_norm(backend, &mut x.delta, &mut x.post, post_attention_norm.as_ref(), spec.norm_eps)?;
         backend.add_rms_norm(&mut x.normed, residual, &x.delta, mlp_norm, spec.norm_eps)?;
         backend.gated_linear(&mut x.inner, &mut x.gate_up, &x.normed, &mlp.gate_up, spec.mlp.activation)?;

@@ -1,6 +1,6 @@
 //! What a model will take of a device's memory, known from its config and the headers of its checkpoint.
 
-use dashinfer_kernels::{CacheType, DType, Scheme};
+use dashinfer_kernels::{CacheType, DType, LatentHeads, Scheme};
 
 use crate::{
     ModelSpec, Quantization, StepLimits, StoredType, WeightSource, WeightsError,
@@ -82,6 +82,10 @@ impl Fill<(), ()> for Sum<'_> {
     fn vector(&mut self, plan: &VectorPlan) -> Result<(), WeightsError> {
         self.bytes += (plan.len * size_of::<f32>()) as u64;
         Ok(())
+    }
+
+    fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<()>, WeightsError> {
+        Ok(LatentHeads { queries: self.linear(&plan.queries)?, values: self.linear(&plan.values)? })
     }
 }
 

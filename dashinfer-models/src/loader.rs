@@ -2,12 +2,12 @@
 
 use std::{borrow::Cow, collections::HashSet};
 
-use dashinfer_kernels::{Backend, DType, MatrixView, PackedShape, to_f32};
+use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, to_f32};
 
 use crate::{
     CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
     weight_cache::{StoredWeights, Writer},
-    weights::{Fill, LinearPlan, Plan, VectorPlan, Weights},
+    weights::{Fill, LinearPlan, Plan, StoredHeads, VectorPlan, Weights},
 };
 
 /// How far loading has come.
@@ -150,6 +150,10 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Taker<'_, B> {
     fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, CacheFault> {
         self.stored.vector(plan.len)
     }
+
+    fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<B::Linear>, CacheFault> {
+        Ok(LatentHeads { queries: self.linear(&plan.queries)?, values: self.linear(&plan.values)? })
+    }
 }
 
 /// Packs what a proven source holds.
@@ -251,5 +255,64 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
         }
         self.finish(std::slice::from_ref(&plan.name), stored_bytes);
         Ok(vector)
+    }
+
+    fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<B::Linear>, LoadError> {
+        let stored = StoredHeads::new(plan);
+        let name = stored.part.weight();
+        let tensor = self.read(&name, &stored.shape())?;
+        let (dtype, stored_bytes) = (tensor.dtype, tensor.bytes.len());
+        let [queries, values] = split_heads(&stored, &tensor.bytes, dtype.size_bytes());
+        drop(tensor);
+        let pack = |loader: &mut Self, plan: &LinearPlan, bytes: Vec<u8>| -> Result<B::Linear, LoadError> {
+            let view = MatrixView { bytes: &bytes, dtype, rows: plan.rows(), cols: plan.cols };
+            let packed = loader.backend.pack(&[view], None, loader.quantization.scheme(plan.role))?;
+            if let Some(writer) = &mut loader.writer {
+                writer.matrix(loader.backend, &packed_shape(loader.source, plan, loader.quantization), &packed);
+            }
+            Ok(packed)
+        };
+        let heads =
+            LatentHeads { queries: pack(self, &plan.queries, queries)?, values: pack(self, &plan.values, values)? };
+        self.finish(&[name], stored_bytes);
+        Ok(heads)
+    }
+}
+
+/// The rows of all heads that make keys, each head's transposed, and those that make values. `bytes`: the stored tensor, of elements
+/// of `size` bytes.
+fn split_heads(stored: &StoredHeads<'_>, bytes: &[u8], size: usize) -> [Vec<u8>; 2] {
+    let &StoredHeads { num_heads, rank, nope_dim, v_dim, .. } = stored;
+    let row_bytes = rank * size;
+    let mut keys = vec![0; num_heads * nope_dim * row_bytes];
+    let mut values = Vec::with_capacity(num_heads * v_dim * row_bytes);
+    let heads = bytes.chunks_exact((nope_dim + v_dim) * row_bytes).zip(keys.chunks_exact_mut(nope_dim * row_bytes));
+    for (head, keys) in heads {
+        let (to_keys, to_values) = head.split_at(nope_dim * row_bytes);
+        for (i, row) in to_keys.chunks_exact(row_bytes).enumerate() {
+            for (column, element) in keys.chunks_exact_mut(nope_dim * size).zip(row.chunks_exact(size)) {
+                column[i * size..(i + 1) * size].copy_from_slice(element);
+            }
+        }
+        values.extend_from_slice(to_values);
+    }
+    [keys, values]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::Part;
+
+    #[test]
+    fn heads_are_split_and_their_keys_transposed() {
+        let part = Part { module: "kv_b".to_owned(), rows: 2 };
+        let stored = StoredHeads { part: &part, num_heads: 2, rank: 3, nope_dim: 2, v_dim: 1 };
+        assert_eq!(stored.shape(), [6, 3]);
+        let elements = |list: &[u16]| -> Vec<u8> { list.iter().flat_map(|element| element.to_le_bytes()).collect() };
+        let bytes = elements(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18, 19]);
+        let [queries, values] = split_heads(&stored, &bytes, 2);
+        assert_eq!(queries, elements(&[1, 4, 2, 5, 3, 6, 11, 14, 12, 15, 13, 16]));
+        assert_eq!(values, elements(&[7, 8, 9, 17, 18, 19]));
     }
 }

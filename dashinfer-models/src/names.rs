@@ -16,6 +16,8 @@ pub struct TensorNames {
     pub qkv: &'static [&'static str],
     /// The norms on q and k heads.
     pub qk_norm: [&'static str; 2],
+    /// The modules of latent attention.
+    pub latent: LatentNames,
     /// The sinks of attention: the whole name of a tensor.
     pub sinks: &'static str,
     /// The output projection of attention.
@@ -36,6 +38,39 @@ pub struct TensorNames {
     pub head: &'static str,
 }
 
+/// The names of latent attention's modules, within a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LatentNames {
+    /// The projection to queries, where they are made of the hidden state.
+    pub q: &'static str,
+    /// The projection to the vector that queries are made of.
+    pub q_a: &'static str,
+    /// Its norm.
+    pub q_a_norm: &'static str,
+    /// The projection from it to queries.
+    pub q_b: &'static str,
+    /// The projection to the vector that keys and values are made of, and the rotated part of keys behind it.
+    pub kv_a: &'static str,
+    /// The norm of that vector.
+    pub kv_a_norm: &'static str,
+    /// The projection from it to keys and values, head by head.
+    pub kv_b: &'static str,
+}
+
+impl LatentNames {
+    /// Those of DeepSeek on the hub.
+    pub const DEEPSEEK: Self = Self {
+        q: "self_attn.q_proj",
+        q_a: "self_attn.q_a_proj",
+        q_a_norm: "self_attn.q_a_layernorm",
+        q_b: "self_attn.q_b_proj",
+        kv_a: "self_attn.kv_a_proj_with_mqa",
+        kv_a_norm: "self_attn.kv_a_layernorm",
+        kv_b: "self_attn.kv_b_proj",
+    };
+}
+
 impl TensorNames {
     /// The names of Llama, Mistral and Qwen on the hub, from which others differ in a few.
     pub const LLAMA: Self = Self {
@@ -44,6 +79,7 @@ impl TensorNames {
         attention_norm: "input_layernorm",
         qkv: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         qk_norm: ["self_attn.q_norm", "self_attn.k_norm"],
+        latent: LatentNames::DEEPSEEK,
         sinks: "self_attn.sinks",
         attention_out: "self_attn.o_proj",
         post_attention_norm: "post_self_attn_layernorm",

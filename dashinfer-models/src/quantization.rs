@@ -51,6 +51,7 @@ impl Quantization {
         match role {
             Role::Layer => self.layers,
             Role::Vocabulary => self.vocabulary,
+            Role::Latent => None,
         }
     }
 }

@@ -2,13 +2,17 @@
 
 use std::{ops::RangeInclusive, path::Path};
 
-use dashinfer_kernels::{Activation, AttentionParams, CacheType, DType, Feature, KvCacheSpec};
+use dashinfer_kernels::{
+    Activation, AttentionParams, CacheLayout, CacheType, DType, Feature, KvCacheSpec, LatentParams,
+};
 
 use crate::{ConfigError, HfConfig, RopeSpec, TensorNames};
 
 const SIZES: RangeInclusive<usize> = 1..=1 << 20;
 const MLP_SIZES: RangeInclusive<usize> = 1..=1 << 22;
 const HEADS: RangeInclusive<usize> = 1..=1 << 12;
+/// Of latent vectors; with the rotated part, their size is that of a head.
+const RANKS: RangeInclusive<usize> = 1..=1 << 12;
 const LAYERS: RangeInclusive<usize> = 1..=1 << 10;
 const VOCAB: RangeInclusive<usize> = 1..=1 << 24;
 const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
@@ -53,10 +57,20 @@ pub struct ModelSpec {
     pub names: TensorNames,
 }
 
+/// How a row looks at those before it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Attention {
+    /// Query heads in groups, each with a key/value head.
+    Grouped(GroupedAttention),
+    /// Heads over one compressed vector for each token.
+    Latent(LatentAttention),
+}
+
 /// Grouped-query attention. <https://arxiv.org/abs/2305.13245>
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
-pub struct Attention {
+pub struct GroupedAttention {
     /// Query heads, `H`.
     pub num_heads: usize,
     /// Key/value heads, `K`.
@@ -75,6 +89,31 @@ pub struct Attention {
     pub soft_cap: Option<f32>,
     /// Whether each head has a learned score for a position without a value, which every row sees.
     pub sinks: bool,
+}
+
+/// Multi-head latent attention: keys and values of all heads follow from one vector of `C + R` values for each token, which is what
+/// the cache keeps. <https://arxiv.org/abs/2405.04434>, section 2.1
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct LatentAttention {
+    /// Heads, `H`.
+    pub num_heads: usize,
+    /// Size of the vector that queries are made of, or `None` if they are made of the hidden state itself.
+    pub q_rank: Option<usize>,
+    /// Size of the vector that keys and values are made of, `C`.
+    pub kv_rank: usize,
+    /// Values of each query and key that are not rotated, `N`.
+    pub nope_dim: usize,
+    /// Values of each query that are rotated, `R`, and of the one rotated part of a key that all heads share.
+    pub rope_dim: usize,
+    /// Values of each head's output.
+    pub v_dim: usize,
+    /// Factor on `q · k`.
+    pub scale: f32,
+    /// Added to the mean square in the norms of the two compressed vectors.
+    pub norm_eps: f32,
+    /// Whether the projections from the hidden state to compressed vectors, and the one back to it, have biases.
+    pub bias: bool,
 }
 
 /// The gated feed-forward layer: `down(f(gate(x)) · up(x))`. <https://arxiv.org/abs/2002.05202>
@@ -117,16 +156,14 @@ impl ModelSpec {
     /// Parameters, the tied embedding counted once.
     #[must_use]
     pub fn num_parameters(&self) -> u64 {
-        let Attention { num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm, sinks, .. } = self.attention;
         let [vocab, hidden, mlp, layers] =
             [self.vocab_size, self.hidden_size, self.mlp.size, self.num_layers()].map(wide);
-        let [q, kv] = [num_heads * head_dim, num_kv_heads * head_dim].map(wide);
-        let attention = 2 * hidden * (q + kv)
-            + u64::from(qkv_bias) * (q + 2 * kv)
-            + u64::from(out_bias) * hidden
-            + u64::from(sinks) * wide(num_heads);
+        let attention = match &self.attention {
+            Attention::Grouped(attention) => attention.num_parameters(hidden),
+            Attention::Latent(attention) => attention.num_parameters(hidden),
+        };
         let feed_forward = 3 * hidden * mlp + u64::from(self.mlp.bias) * (2 * mlp + hidden);
-        let norms = if self.post_norms { 4 } else { 2 } * hidden + u64::from(qk_norm) * 2 * wide(head_dim);
+        let norms = if self.post_norms { 4 } else { 2 } * hidden;
         let embeddings = vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
         embeddings + layers * (attention + feed_forward + norms) + hidden
     }
@@ -134,29 +171,45 @@ impl ModelSpec {
     /// The cache of this model with `num_blocks` blocks of `block_size` tokens.
     #[must_use]
     pub fn kv_cache(&self, block_size: usize, num_blocks: usize, cache_type: CacheType) -> KvCacheSpec {
+        let (num_kv_heads, head_dim, layout) = match &self.attention {
+            Attention::Grouped(GroupedAttention { num_kv_heads, head_dim, .. }) => {
+                (*num_kv_heads, *head_dim, CacheLayout::KeysAndValues)
+            }
+            Attention::Latent(LatentAttention { kv_rank, rope_dim, .. }) => {
+                (1, kv_rank + rope_dim, CacheLayout::Latent { rank: *kv_rank })
+            }
+        };
         KvCacheSpec {
             num_layers: self.num_layers(),
             num_blocks,
             block_size,
-            num_kv_heads: self.attention.num_kv_heads,
-            head_dim: self.attention.head_dim,
+            num_kv_heads,
+            head_dim,
             cache_type,
+            layout,
         }
     }
 
-    /// What the attention of layer `layer` needs to know.
-    pub(crate) fn attention_params(&self, layer: &LayerSpec) -> AttentionParams {
-        let Attention { num_heads, num_kv_heads, head_dim, scale, soft_cap, .. } = self.attention;
-        AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: layer.window, soft_cap }
+    /// The grouped-query attention of a spec that has it, as [`HfConfig::llama_like`] makes them.
+    pub(crate) fn grouped(&mut self) -> &mut GroupedAttention {
+        match &mut self.attention {
+            Attention::Grouped(attention) => attention,
+            Attention::Latent(_) => unreachable!("a family like Llama has grouped-query attention"),
+        }
     }
 
     /// What the model needs of a backend beyond what every backend has.
     #[must_use]
     pub fn features(&self) -> Vec<Feature> {
+        let grouped = match &self.attention {
+            Attention::Grouped(attention) => Some(attention),
+            Attention::Latent(_) => None,
+        };
         let needed = [
             (self.embedding_scale != 1.0, Feature::EmbeddingScale),
-            (self.attention.soft_cap.is_some(), Feature::AttentionSoftCap),
-            (self.attention.sinks, Feature::AttentionSinks),
+            (grouped.is_some_and(|attention| attention.soft_cap.is_some()), Feature::AttentionSoftCap),
+            (grouped.is_some_and(|attention| attention.sinks), Feature::AttentionSinks),
+            (grouped.is_none(), Feature::LatentAttention),
             (self.logit_soft_cap.is_some(), Feature::LogitSoftCap),
         ];
         let needed = needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature));
@@ -168,28 +221,22 @@ impl ModelSpec {
     /// # Errors
     /// [`ConfigError::Value`] for the first thing that is wrong.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let Attention { num_heads, num_kv_heads, head_dim, .. } = self.attention;
         within("hidden_size", self.hidden_size, SIZES)?;
         within("vocab_size", self.vocab_size, VOCAB)?;
         within("intermediate_size", self.mlp.size, MLP_SIZES)?;
         within("max_position_embeddings", self.max_positions, POSITIONS)?;
-        within("num_attention_heads", num_heads, HEADS)?;
-        within("num_key_value_heads", num_kv_heads, HEADS)?;
-        within("head_dim", head_dim, HEADS)?;
         Self::check_num_layers(self.num_layers())?;
-        if !num_heads.is_multiple_of(num_kv_heads) {
-            let wanted = format!("a divisor of num_attention_heads {num_heads}");
-            return Err(ConfigError::value("num_key_value_heads", wanted, num_kv_heads));
-        }
+        let rotated_of = match &self.attention {
+            Attention::Grouped(attention) => attention.check()?,
+            Attention::Latent(attention) => attention.check()?,
+        };
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return Err(ConfigError::value("rms_norm_eps", "above 0 and below 1", self.norm_eps));
         }
-        positive("the factor on attention scores", self.attention.scale)?;
         positive("the factor on the embedding", self.embedding_scale)?;
-        positive("attn_logit_softcapping", self.attention.soft_cap.unwrap_or(1.0))?;
         positive("final_logit_softcapping", self.logit_soft_cap.unwrap_or(1.0))?;
         for rope in &self.ropes {
-            rope.check(head_dim)?;
+            rope.check(rotated_of)?;
         }
         for layer in &self.layers {
             if layer.rope >= self.ropes.len() {
@@ -198,6 +245,10 @@ impl ModelSpec {
             }
             if let Some(window) = layer.window {
                 within("sliding_window", window, POSITIONS)?;
+                if matches!(self.attention, Attention::Latent(_)) {
+                    let wanted = "none, as attention is over latent vectors";
+                    return Err(ConfigError::value("sliding_window", wanted, window));
+                }
             }
         }
         let parameters = self.num_parameters();
@@ -209,6 +260,96 @@ impl ModelSpec {
 
     pub(crate) fn check_num_layers(num_layers: usize) -> Result<(), ConfigError> {
         within("num_hidden_layers", num_layers, LAYERS)
+    }
+}
+
+impl Attention {
+    /// Query heads, `H`.
+    #[must_use]
+    pub fn num_heads(&self) -> usize {
+        match self {
+            Self::Grouped(attention) => attention.num_heads,
+            Self::Latent(attention) => attention.num_heads,
+        }
+    }
+
+    /// Values of all heads' outputs, which the output projection takes.
+    #[must_use]
+    pub fn out_size(&self) -> usize {
+        match self {
+            Self::Grouped(attention) => attention.num_heads * attention.head_dim,
+            Self::Latent(attention) => attention.num_heads * attention.v_dim,
+        }
+    }
+}
+
+impl GroupedAttention {
+    fn num_parameters(&self, hidden: u64) -> u64 {
+        let Self { num_heads, num_kv_heads, head_dim, qkv_bias, out_bias, qk_norm, sinks, .. } = *self;
+        let [q, kv] = [num_heads * head_dim, num_kv_heads * head_dim].map(wide);
+        2 * hidden * (q + kv)
+            + u64::from(qkv_bias) * (q + 2 * kv)
+            + u64::from(out_bias) * hidden
+            + u64::from(sinks) * wide(num_heads)
+            + u64::from(qk_norm) * 2 * wide(head_dim)
+    }
+
+    /// How many values of a head can be rotated.
+    fn check(&self) -> Result<usize, ConfigError> {
+        let Self { num_heads, num_kv_heads, head_dim, .. } = *self;
+        within("num_attention_heads", num_heads, HEADS)?;
+        within("num_key_value_heads", num_kv_heads, HEADS)?;
+        within("head_dim", head_dim, HEADS)?;
+        if !num_heads.is_multiple_of(num_kv_heads) {
+            let wanted = format!("a divisor of num_attention_heads {num_heads}");
+            return Err(ConfigError::value("num_key_value_heads", wanted, num_kv_heads));
+        }
+        positive("the factor on attention scores", self.scale)?;
+        positive("attn_logit_softcapping", self.soft_cap.unwrap_or(1.0))?;
+        Ok(head_dim)
+    }
+
+    /// What the attention of layer `layer` needs to know.
+    pub(crate) fn params(&self, layer: &LayerSpec) -> AttentionParams {
+        let Self { num_heads, num_kv_heads, head_dim, scale, soft_cap, .. } = *self;
+        AttentionParams { num_heads, num_kv_heads, head_dim, scale, window: layer.window, soft_cap }
+    }
+}
+
+impl LatentAttention {
+    fn num_parameters(&self, hidden: u64) -> u64 {
+        let Self { num_heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim, bias, .. } = *self;
+        let [q, up, out] =
+            [num_heads * (nope_dim + rope_dim), num_heads * (nope_dim + v_dim), num_heads * v_dim].map(wide);
+        let [rank, rope] = [kv_rank, rope_dim].map(wide);
+        let bias = u64::from(bias);
+        let queries = match q_rank.map(wide) {
+            Some(q_rank) => (hidden + bias + 1 + q) * q_rank,
+            None => hidden * q,
+        };
+        queries + (hidden + bias) * (rank + rope) + rank + up * rank + (out + bias) * hidden
+    }
+
+    /// How many values of a head can be rotated.
+    fn check(&self) -> Result<usize, ConfigError> {
+        within("num_attention_heads", self.num_heads, HEADS)?;
+        within("q_lora_rank", self.q_rank.unwrap_or(1), SIZES)?;
+        within("kv_lora_rank", self.kv_rank, RANKS)?;
+        within("qk_nope_head_dim", self.nope_dim, HEADS)?;
+        within("qk_rope_head_dim", self.rope_dim, HEADS)?;
+        within("v_head_dim", self.v_dim, HEADS)?;
+        positive("the factor on attention scores", self.scale)?;
+        if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
+            let wanted = "above 0 and below 1";
+            return Err(ConfigError::value("the epsilon of norms in attention", wanted, self.norm_eps));
+        }
+        Ok(self.rope_dim)
+    }
+
+    /// What attention needs to know.
+    pub(crate) fn params(&self) -> LatentParams {
+        let Self { num_heads, kv_rank, nope_dim, rope_dim, v_dim, scale, .. } = *self;
+        LatentParams { num_heads, rank: kv_rank, nope_dim, rope_dim, v_dim, scale }
     }
 }
 

@@ -3,7 +3,9 @@
 //! [`Weights`] is generic over what stands for a matrix and for a vector. As a plan it holds names and shapes; filled by
 //! the loader it holds packed weights. So no parameter can be forgotten: the types would not fit.
 
-use crate::ModelSpec;
+use dashinfer_kernels::LatentHeads;
+
+use crate::{Attention, GroupedAttention, LatentAttention, ModelSpec};
 
 /// The decoder's parameters, with `L` for a linear operator's weight and `V` for a vector.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub(crate) struct LayerWeights<L, V> {
     /// `[E]`
     pub(crate) attention_norm: V,
     pub(crate) attention: AttentionWeights<L, V>,
+    /// `[E, H · D]`
+    pub(crate) attention_out: L,
     /// `[E]`
     pub(crate) post_attention_norm: Option<V>,
     /// `[E]`
@@ -32,17 +36,42 @@ pub(crate) struct LayerWeights<L, V> {
     pub(crate) post_mlp_norm: Option<V>,
 }
 
+/// What attention has before its output projection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum AttentionWeights<L, V> {
+    Grouped(GroupedWeights<L, V>),
+    Latent(LatentWeights<L, V>),
+}
+
 /// Grouped-query attention.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct AttentionWeights<L, V> {
+pub(crate) struct GroupedWeights<L, V> {
     /// `[(H + 2 K) · D, E]`
     pub(crate) qkv: L,
     /// `[D]` each
     pub(crate) qk_norm: Option<QkNormWeights<V>>,
     /// `[H]`
     pub(crate) sinks: Option<V>,
-    /// `[E, H · D]`
-    pub(crate) out: L,
+}
+
+/// Latent attention.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LatentWeights<L, V> {
+    pub(crate) queries: LatentQueryWeights<L, V>,
+    /// `[C + R, E]`
+    pub(crate) kv: L,
+    /// `[C]`
+    pub(crate) kv_norm: V,
+    pub(crate) heads: LatentHeads<L>,
+}
+
+/// The way from the hidden state to queries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LatentQueryWeights<L, V> {
+    /// `[H · (N + R), E]`
+    Direct(L),
+    /// Through a vector of `Q` values: `[Q, E]`, `[Q]`, `[H · (N + R), Q]`.
+    Compressed { down: L, norm: V, up: L },
 }
 
 /// A gated feed-forward layer.
@@ -77,6 +106,8 @@ pub(crate) enum Role {
     Layer,
     /// The embedding or the head: a row for each token of the vocabulary.
     Vocabulary,
+    /// A matrix between heads and latent vectors, which is never quantized: its products are many and small.
+    Latent,
 }
 
 /// One tensor of a [`LinearPlan`].
@@ -120,6 +151,31 @@ pub(crate) trait Fill<L, V> {
     type Error;
     fn linear(&mut self, plan: &LinearPlan) -> Result<L, Self::Error>;
     fn vector(&mut self, plan: &VectorPlan) -> Result<V, Self::Error>;
+    /// The two matrices between heads and latent vectors, which are stored as [one tensor](StoredHeads).
+    fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<L>, Self::Error>;
+}
+
+/// The tensor that the matrices between heads and latent vectors are stored in: for each head the `[N, C]` that makes keys, then the
+/// `[v_dim, C]` that makes values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StoredHeads<'a> {
+    pub(crate) part: &'a Part,
+    pub(crate) num_heads: usize,
+    pub(crate) rank: usize,
+    pub(crate) nope_dim: usize,
+    pub(crate) v_dim: usize,
+}
+
+impl<'a> StoredHeads<'a> {
+    pub(crate) fn new(plan: &'a LatentHeads<LinearPlan>) -> Self {
+        let (rank, nope_dim) = (plan.values.cols, plan.queries.cols);
+        let num_heads = plan.queries.rows() / rank;
+        Self { part: &plan.values.parts[0], num_heads, rank, nope_dim, v_dim: plan.values.rows() / num_heads }
+    }
+
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        [self.num_heads * (self.nope_dim + self.v_dim), self.rank]
+    }
 }
 
 impl Plan {
@@ -172,6 +228,12 @@ impl Plan {
                 self.0.push((plan.name.clone(), vec![plan.len]));
                 Ok(())
             }
+
+            fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<()>, Self::Error> {
+                let stored = StoredHeads::new(plan);
+                self.0.push((stored.part.weight(), stored.shape().to_vec()));
+                Ok(LatentHeads { queries: (), values: () })
+            }
         }
         let mut list = List(Vec::new());
         let Ok(_) = self.fill(&mut list);
@@ -203,7 +265,18 @@ impl LayerNames<'_> {
         let norm = |name| self.norm(name, hidden);
         LayerWeights {
             attention_norm: norm(names.attention_norm),
-            attention: self.attention(),
+            attention: match &spec.attention {
+                Attention::Grouped(attention) => AttentionWeights::Grouped(self.grouped(attention)),
+                Attention::Latent(attention) => AttentionWeights::Latent(self.latent(attention)),
+            },
+            attention_out: match &spec.attention {
+                Attention::Grouped(GroupedAttention { num_heads, head_dim, out_bias, .. }) => {
+                    self.linear(&[names.attention_out], &[hidden], num_heads * head_dim, *out_bias)
+                }
+                Attention::Latent(LatentAttention { num_heads, v_dim, bias, .. }) => {
+                    self.linear(&[names.attention_out], &[hidden], num_heads * v_dim, *bias)
+                }
+            },
             post_attention_norm: spec.post_norms.then(|| norm(names.post_attention_norm)),
             mlp_norm: norm(names.mlp_norm),
             mlp: MlpWeights {
@@ -214,11 +287,11 @@ impl LayerNames<'_> {
         }
     }
 
-    fn attention(&self) -> AttentionWeights<LinearPlan, VectorPlan> {
-        let (attention, names) = (&self.spec.attention, &self.spec.names);
+    fn grouped(&self, attention: &GroupedAttention) -> GroupedWeights<LinearPlan, VectorPlan> {
+        let names = &self.spec.names;
         let [q_rows, kv_rows] = [attention.num_heads, attention.num_kv_heads].map(|heads| heads * attention.head_dim);
         let hidden = self.spec.hidden_size;
-        AttentionWeights {
+        GroupedWeights {
             qkv: self.linear(names.qkv, &[q_rows, kv_rows, kv_rows], hidden, attention.qkv_bias),
             qk_norm: attention.qk_norm.then(|| {
                 let [q, k] = names.qk_norm.map(|name| self.norm(name, attention.head_dim));
@@ -229,7 +302,34 @@ impl LayerNames<'_> {
                 len: attention.num_heads,
                 offset: 0.0,
             }),
-            out: self.linear(&[names.attention_out], &[hidden], q_rows, attention.out_bias),
+        }
+    }
+
+    fn latent(&self, attention: &LatentAttention) -> LatentWeights<LinearPlan, VectorPlan> {
+        let &LatentAttention { num_heads, q_rank, kv_rank, nope_dim, rope_dim, v_dim, bias, .. } = attention;
+        let (hidden, names) = (self.spec.hidden_size, &self.spec.names.latent);
+        let q_rows = num_heads * (nope_dim + rope_dim);
+        let heads = |rows, cols| LinearPlan {
+            parts: vec![Part { module: self.name(names.kv_b), rows }],
+            cols,
+            bias: false,
+            role: Role::Latent,
+        };
+        LatentWeights {
+            queries: match q_rank {
+                None => LatentQueryWeights::Direct(self.linear(&[names.q], &[q_rows], hidden, false)),
+                Some(q_rank) => LatentQueryWeights::Compressed {
+                    down: self.linear(&[names.q_a], &[q_rank], hidden, bias),
+                    norm: self.norm(names.q_a_norm, q_rank),
+                    up: self.linear(&[names.q_b], &[q_rows], q_rank, false),
+                },
+            },
+            kv: self.linear(&[names.kv_a], &[kv_rank + rope_dim], hidden, bias),
+            kv_norm: self.norm(names.kv_a_norm, kv_rank),
+            heads: LatentHeads {
+                queries: heads(num_heads * kv_rank, nope_dim),
+                values: heads(num_heads * v_dim, kv_rank),
+            },
         }
     }
 
@@ -259,19 +359,46 @@ impl LayerWeights<LinearPlan, VectorPlan> {
     fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<LayerWeights<L, V>, F::Error> {
         Ok(LayerWeights {
             attention_norm: fill.vector(&self.attention_norm)?,
-            attention: AttentionWeights {
-                qkv: fill.linear(&self.attention.qkv)?,
-                qk_norm: match &self.attention.qk_norm {
-                    Some(norms) => Some(QkNormWeights { q: fill.vector(&norms.q)?, k: fill.vector(&norms.k)? }),
-                    None => None,
-                },
-                sinks: optional(fill, self.attention.sinks.as_ref())?,
-                out: fill.linear(&self.attention.out)?,
+            attention: match &self.attention {
+                AttentionWeights::Grouped(attention) => AttentionWeights::Grouped(attention.fill(fill)?),
+                AttentionWeights::Latent(attention) => AttentionWeights::Latent(attention.fill(fill)?),
             },
+            attention_out: fill.linear(&self.attention_out)?,
             post_attention_norm: optional(fill, self.post_attention_norm.as_ref())?,
             mlp_norm: fill.vector(&self.mlp_norm)?,
             mlp: MlpWeights { gate_up: fill.linear(&self.mlp.gate_up)?, down: fill.linear(&self.mlp.down)? },
             post_mlp_norm: optional(fill, self.post_mlp_norm.as_ref())?,
+        })
+    }
+}
+
+impl GroupedWeights<LinearPlan, VectorPlan> {
+    fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<GroupedWeights<L, V>, F::Error> {
+        Ok(GroupedWeights {
+            qkv: fill.linear(&self.qkv)?,
+            qk_norm: match &self.qk_norm {
+                Some(norms) => Some(QkNormWeights { q: fill.vector(&norms.q)?, k: fill.vector(&norms.k)? }),
+                None => None,
+            },
+            sinks: optional(fill, self.sinks.as_ref())?,
+        })
+    }
+}
+
+impl LatentWeights<LinearPlan, VectorPlan> {
+    fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<LatentWeights<L, V>, F::Error> {
+        Ok(LatentWeights {
+            queries: match &self.queries {
+                LatentQueryWeights::Direct(q) => LatentQueryWeights::Direct(fill.linear(q)?),
+                LatentQueryWeights::Compressed { down, norm, up } => LatentQueryWeights::Compressed {
+                    down: fill.linear(down)?,
+                    norm: fill.vector(norm)?,
+                    up: fill.linear(up)?,
+                },
+            },
+            kv: fill.linear(&self.kv)?,
+            kv_norm: fill.vector(&self.kv_norm)?,
+            heads: fill.heads(&self.heads)?,
         })
     }
 }

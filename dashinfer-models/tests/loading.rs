@@ -11,8 +11,8 @@ use common::{
 };
 use dashinfer_kernels::{DType, to_f32};
 use dashinfer_models::{
-    Decoder, HfConfig, LoadError, LoadProgress, ModelSpec, Quantization, RandomWeights, StepLimits, StoredType,
-    TensorInfo, WeightSource, WeightsError,
+    Attention, Decoder, HfConfig, LoadError, LoadProgress, ModelSpec, Quantization, RandomWeights, StepLimits,
+    StoredType, TensorInfo, WeightSource, WeightsError,
 };
 
 const LIMITS: StepLimits = StepLimits { max_tokens: 16, max_logit_rows: 16 };
@@ -143,7 +143,8 @@ fn what_follows_from_the_config_may_be_stored_too() {
 fn a_spec_that_was_changed_into_no_model_is_refused() {
     let mut spec = spec(true);
     let mut source = Memory::new(&spec);
-    spec.attention.num_kv_heads = 0;
+    let Attention::Grouped(attention) = &mut spec.attention else { panic!("Qwen3 has grouped-query attention") };
+    attention.num_kv_heads = 0;
     assert!(matches!(source.load(&spec), Err(LoadError::Config(_))));
     let mut spec = self::spec(true);
     spec.layers.clear();

@@ -301,6 +301,7 @@ impl Backend for CpuBackend {
             | Feature::LogitSoftCap
             | Feature::ClampedSwiglu
             | Feature::Experts => true,
+            Feature::LatentAttention => false,
         }
     }
 

@@ -29,8 +29,8 @@ use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
-    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, QkNorm, Rope,
-    Routing, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
+    Activation, AttentionParams, Backend, CacheLayout, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView,
+    QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -278,6 +278,9 @@ impl Backend for CudaBackend {
         if spec.cache_type != self.config.dtype.into() {
             let what = format!("a cache in {} beside activations in {}", spec.cache_type, self.config.dtype);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cuda" });
+        }
+        if spec.layout != CacheLayout::KeysAndValues {
+            return Err(unsupported("kv_cache", Feature::LatentAttention));
         }
         let buffer = self.device.alloc("the KV cache", spec.num_blocks.saturating_mul(spec.block_bytes()))?;
         Ok(CudaKvCache { id: self.next_cache.fetch_add(1, Ordering::Relaxed), buffer, spec: *spec })
@@ -658,6 +661,7 @@ mod tests {
                 num_kv_heads: 2,
                 head_dim: 64,
                 cache_type: DType::BF16.into(),
+                layout: CacheLayout::KeysAndValues,
             };
             let mut cache = backend.kv_cache(&spec).unwrap();
             let values = |count: usize| -> Vec<u8> {

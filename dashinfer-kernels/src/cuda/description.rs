@@ -88,7 +88,7 @@ pub(super) fn is_decode(batch: &PagedBatch, block_size: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CacheType, SequenceRows};
+    use crate::{CacheLayout, CacheType, SequenceRows};
 
     const SPEC: KvCacheSpec = KvCacheSpec {
         num_layers: 1,
@@ -97,6 +97,7 @@ mod tests {
         num_kv_heads: 1,
         head_dim: 64,
         cache_type: CacheType::BF16,
+        layout: CacheLayout::KeysAndValues,
     };
 
     /// Two decodes: at position 16 in block 5, at position 3 in block 2.

@@ -6,8 +6,8 @@ use crate::{ConfigError, HfConfig, ModelSpec};
 pub(super) fn llama(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = config.llama_like()?;
     let bias = config.object().flag("attention_bias")?.unwrap_or(false);
-    spec.attention.qkv_bias = bias;
-    spec.attention.out_bias = bias;
+    spec.grouped().qkv_bias = bias;
+    spec.grouped().out_bias = bias;
     spec.mlp.bias = config.object().flag("mlp_bias")?.unwrap_or(false);
     Ok(spec)
 }

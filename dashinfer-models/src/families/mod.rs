@@ -20,7 +20,7 @@ pub static FAMILIES: &[(&str, ToSpec)] = &[
 pub(super) mod tests {
     use serde_json::{Value, json};
 
-    use crate::config::tests::config;
+    use crate::{GroupedAttention, config::tests::config};
 
     /// The window of each layer.
     pub(super) fn windows(architecture: &str, changes: Value) -> Vec<Option<usize>> {
@@ -31,8 +31,9 @@ pub(super) mod tests {
     #[test]
     fn families_differ_in_biases_and_norms() {
         let facts = |architecture, changes| {
-            let spec = config(architecture, changes).to_spec().unwrap();
-            (spec.attention.qkv_bias, spec.attention.out_bias, spec.attention.qk_norm, spec.mlp.bias)
+            let mut spec = config(architecture, changes).to_spec().unwrap();
+            let &mut GroupedAttention { qkv_bias, out_bias, qk_norm, .. } = spec.grouped();
+            (qkv_bias, out_bias, qk_norm, spec.mlp.bias)
         };
         assert_eq!(facts("LlamaForCausalLM", json!({})), (false, false, false, false));
         assert_eq!(facts("LlamaForCausalLM", json!({"attention_bias": true})), (true, true, false, false));

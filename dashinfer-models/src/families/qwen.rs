@@ -5,7 +5,7 @@ use crate::{ConfigError, HfConfig, ModelSpec, json::Object};
 /// Llama with biases on q, k and v, and a window on some layers. Qwen2 and Qwen2.5. <https://arxiv.org/abs/2407.10671>
 pub(super) fn qwen2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = config.llama_like()?;
-    spec.attention.qkv_bias = true;
+    spec.grouped().qkv_bias = true;
     set_qwen_windows(&mut spec, config.object())?;
     Ok(spec)
 }
@@ -14,9 +14,9 @@ pub(super) fn qwen2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
 pub(super) fn qwen3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = config.llama_like()?;
     let bias = config.object().flag("attention_bias")?.unwrap_or(false);
-    spec.attention.qkv_bias = bias;
-    spec.attention.out_bias = bias;
-    spec.attention.qk_norm = true;
+    spec.grouped().qkv_bias = bias;
+    spec.grouped().out_bias = bias;
+    spec.grouped().qk_norm = true;
     set_qwen_windows(&mut spec, config.object())?;
     Ok(spec)
 }

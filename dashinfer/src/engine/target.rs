@@ -112,15 +112,15 @@ impl Target {
         match self {
             Self::Cpu if quantization == Quantization::NONE && compute == DType::F32 => 0,
             Self::Cpu => {
-                let attention = spec.attention.num_heads * spec.attention.head_dim;
-                let cols = spec.hidden_size.max(attention).max(spec.mlp.size);
+                let cols = spec.hidden_size.max(spec.attention.out_size()).max(spec.mlp.size);
                 dashinfer_kernels::cpu::workspace_bytes(limits.max_tokens, cols) as u64
             }
             Self::Cuda(device) => {
+                let cache = spec.kv_cache(1, 1, compute.into());
                 let params = cuda::WorkspaceParams {
-                    num_heads: spec.attention.num_heads,
-                    num_kv_heads: spec.attention.num_kv_heads,
-                    head_dim: spec.attention.head_dim,
+                    num_heads: spec.attention.num_heads(),
+                    num_kv_heads: cache.num_kv_heads,
+                    head_dim: cache.head_dim,
                     max_logit_rows: limits.max_logit_rows,
                     vocab_size: spec.vocab_size,
                 };

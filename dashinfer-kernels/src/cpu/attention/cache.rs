@@ -17,7 +17,7 @@ use half::{bf16, f16};
 
 use super::super::aligned::AlignedBuf;
 use super::{int8, uint4};
-use crate::{CacheType, DType, KernelError, KvCacheSpec};
+use crate::{CacheLayout, CacheType, DType, Feature, KernelError, KvCacheSpec};
 
 /// Elements that are read together.
 pub(super) const GROUP: usize = 16;
@@ -70,6 +70,10 @@ impl CpuKvCache {
     pub(crate) fn new(spec: &KvCacheSpec) -> Result<Self, KernelError> {
         if !spec.block_size.is_multiple_of(GROUP) || spec.block_size == 0 || spec.block_size > 128 {
             let what = format!("a block of {} tokens (16, 32, 64 or 128 are)", spec.block_size);
+            return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
+        }
+        if spec.layout != CacheLayout::KeysAndValues {
+            let what = Feature::LatentAttention.to_string();
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
         }
         let mut bytes = 1_usize;
@@ -252,6 +256,7 @@ impl CacheWriter<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::CacheLayout;
     use crate::cpu::math::tests::noise;
     use proptest::prelude::*;
 
@@ -263,7 +268,9 @@ mod tests {
             head_dim in 1usize..100, block in 0usize..4, which in 0usize..5, seed: u64,
         ) {
             let (cache_type, block_size) = (CacheType::ALL[which], [16, 32, 64, 128][block]);
-            let spec = KvCacheSpec { num_layers: 2, num_blocks: 3, block_size, num_kv_heads: 2, head_dim, cache_type };
+            let layout = CacheLayout::KeysAndValues;
+            let spec =
+                KvCacheSpec { num_layers: 2, num_blocks: 3, block_size, num_kv_heads: 2, head_dim, cache_type, layout };
             let mut cache = CpuKvCache::new(&spec).unwrap();
             let tokens = noise(3 * block_size * 2 * 2 * head_dim, seed);
             let token = |slot: usize, head: usize| {

@@ -314,7 +314,7 @@ mod tests {
     use crate::cpu::isa::supported;
     use crate::cpu::math::tests::noise;
     use crate::cpu::pool::PoolConfig;
-    use crate::{KvCacheSpec, SequenceRows};
+    use crate::{CacheLayout, KvCacheSpec, SequenceRows};
     use proptest::prelude::*;
     use std::num::NonZeroUsize;
 
@@ -359,6 +359,7 @@ mod tests {
                 num_kv_heads: params.num_kv_heads,
                 head_dim: params.head_dim,
                 cache_type,
+                layout: CacheLayout::KeysAndValues,
             };
             let mut cache = CpuKvCache::new(&spec).unwrap();
             let d = params.head_dim;
