@@ -14,6 +14,8 @@ pub struct Limits {
     pub bytes_per_second: f64,
     /// In f32, with the instructions of the kernels; see [`machine::peak_flops`].
     pub flops_per_second: f64,
+    /// In int8 with tiles, where there are any; see [`machine::peak_tile_ops`].
+    pub tile_ops_per_second: Option<f64>,
 }
 
 /// What some work cannot be faster than, and why.
@@ -31,7 +33,8 @@ impl Limits {
     pub fn measure(threads: usize, isa: Isa) -> Self {
         let (bytes_per_second, flops_per_second) =
             (machine::read_bandwidth(threads), machine::peak_flops(threads, isa));
-        Self { bytes_per_second, flops_per_second }
+        let tile_ops_per_second = if isa == Isa::Amx { machine::peak_tile_ops(threads) } else { None };
+        Self { bytes_per_second, flops_per_second, tile_ops_per_second }
     }
 
     /// Measures a GPU: reading 4 GiB of its memory, and a product of bf16 matrices of 8192 rows and columns by cuBLASLt.
@@ -43,7 +46,7 @@ impl Limits {
         let ordinal = if let Device::Cuda(ordinal) = device { ordinal } else { 0 };
         let device = dashinfer_kernels::cuda::CudaDevice::open(ordinal)?;
         let (bytes_per_second, flops_per_second) = (device.read_bandwidth()?, device.matmul_flops()?);
-        Ok(Self { bytes_per_second, flops_per_second })
+        Ok(Self { bytes_per_second, flops_per_second, tile_ops_per_second: None })
     }
 
     /// A GPU, which this build cannot use.
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_takes_longer_is_the_limit() {
-        let limits = Limits { bytes_per_second: 1e9, flops_per_second: 1e10 };
+        let limits = Limits { bytes_per_second: 1e9, flops_per_second: 1e10, tile_ops_per_second: None };
         assert_eq!(limits.of(1e9, 1e9), Limit::Memory(1.0));
         assert_eq!(limits.of(1e9, 2e10), Limit::Arithmetic(2.0));
         assert_eq!(rate(limits.of(1e9, 1e9), 1e9, 1e9, 2.0), "0.50 GB/s");

@@ -92,6 +92,22 @@ pub fn peak_flops_by_isa(threads: usize) -> Vec<(&'static str, f64)> {
     variants().iter().map(|variant| (variant.isa, variant.rate(threads, NUM_STEPS))).collect()
 }
 
+/// Multiplications and additions per second of int8 in tiles (AMX), of `threads` threads together; `None` where there are none.
+///
+/// A multiply-add counts as two. Each thread repeats `tdpbsud` on four sums, with no memory involved.
+#[must_use]
+pub fn peak_tile_ops(threads: usize) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::Amx.is_available() {
+        const NUM_STEPS: usize = 500_000;
+        let amount = (NUM_STEPS * 4 * 2 * 16 * 16 * 64) as f64;
+        // SAFETY: there are tiles, and this process may use them.
+        return Some(best_rate(threads, amount, || (), |(): &()| unsafe { x86::multiply_tiles(NUM_STEPS) }));
+    }
+    let _ = threads;
+    None
+}
+
 /// Some 20 ms per round.
 const NUM_STEPS: usize = 10_000_000;
 
@@ -184,6 +200,41 @@ mod x86 {
 
     /// Two instructions per cycle with a latency of four or five need ten in flight; AVX2 has 16 registers.
     pub(super) const NUM_REGISTERS: usize = 12;
+
+    /// The palette, and eight tiles of 16 rows of 64 bytes, as `ldtilecfg` reads them.
+    #[repr(C, align(64))]
+    struct TileConfig([u8; 64]);
+
+    /// # Safety
+    /// The machine has tiles, and the system lets this process use them.
+    pub(super) unsafe fn multiply_tiles(num_steps: usize) {
+        let mut config = TileConfig([0; 64]);
+        config.0[0] = 1;
+        for tile in 0..8 {
+            (config.0[16 + 2 * tile], config.0[48 + tile]) = (64, 16);
+        }
+        // SAFETY: the configuration is valid; the rest works on tiles alone, which are given back.
+        unsafe {
+            std::arch::asm!(
+                "ldtilecfg [{config}]",
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                "2:",
+                "tdpbsud tmm0, tmm4, tmm6",
+                "tdpbsud tmm1, tmm4, tmm7",
+                "tdpbsud tmm2, tmm5, tmm6",
+                "tdpbsud tmm3, tmm5, tmm7",
+                "dec {steps}",
+                "jnz 2b",
+                "tilerelease",
+                config = in(reg) config.0.as_ptr(),
+                steps = inout(reg) num_steps.max(1) => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn multiply_add_avx2(num_steps: usize) -> f32 {

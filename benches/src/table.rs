@@ -30,7 +30,7 @@ pub struct Table {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Limits { bytes_per_second, flops_per_second } = self.limits;
+        let Limits { bytes_per_second, flops_per_second, .. } = self.limits;
         let (gigabytes, gigaflops) = (bytes_per_second / 1e9, flops_per_second / 1e9);
         writeln!(f, "peak: {gigabytes:.1} GB/s read from memory, {gigaflops:.1} GFLOP/s of f32 multiply-adds")?;
         writeln!(
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn a_row_says_what_limits_it() {
-        let limits = Limits { bytes_per_second: 4e9, flops_per_second: 1e11 };
+        let limits = Limits { bytes_per_second: 4e9, flops_per_second: 1e11, tile_ops_per_second: None };
         let row = Row {
             name: "linear/bf16/1x896x9728".into(),
             seconds: 21.9e-6,

@@ -294,6 +294,9 @@ impl Bench {
             self.limits.bytes_per_second / 1e9,
             self.limits.flops_per_second / 1e9,
         );
+        if let Some(ops) = self.limits.tile_ops_per_second {
+            println!("        {:.1} TOP/s of int8 in tiles", ops / 1e12);
+        }
     }
 
     /// The scheme of the layers, or the stored type.
@@ -422,6 +425,7 @@ impl Bench {
                 "fraction_of_limit": fraction,
                 "machine_bytes_per_second": self.limits.bytes_per_second,
                 "machine_flops_per_second": self.limits.flops_per_second,
+                "machine_tile_ops_per_second": self.limits.tile_ops_per_second,
                 "weight_bytes": self.engine.model().weight_bytes,
                 "kv_cache_bytes": self.engine.model().kv_cache_bytes,
                 "rss_bytes": rss::current_bytes(),
