@@ -105,8 +105,9 @@ impl HfConfig {
                 sinks: false,
             }),
             mlp: Mlp { size: config.required_count("intermediate_size")?, bias: false, activation },
+            experts: None,
             ropes: vec![RopeSpec::from_config(config, head_dim, max_positions, RopePairs::Halves)?],
-            layers: vec![LayerSpec { window: None, rope: 0 }; num_layers],
+            layers: vec![LayerSpec { window: None, rope: 0, experts: false }; num_layers],
             tied_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
             names: TensorNames::LLAMA,
         })
@@ -165,7 +166,9 @@ pub(crate) mod tests {
         let mut config = json!({
             "architectures": [architecture], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256,
-            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "bfloat16"
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "bfloat16",
+            "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40
         });
         for (key, value) in changes.as_object().unwrap() {
             config[key] = value.clone();
@@ -203,7 +206,7 @@ pub(crate) mod tests {
     #[test]
     fn an_unknown_architecture_is_told_the_known_ones() {
         let error = config("BertModel", json!({})).to_spec().unwrap_err().to_string();
-        let known = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+        let known = known_architectures();
         assert_eq!(error, format!("architecture BertModel is not supported; known are {known}"));
         check_error(json!({"architectures": null}), &format!("architectures: wanted one of {known}, found nothing"));
         check_error(json!({"architectures": 3}), "architectures: wanted a list of strings, found 3");

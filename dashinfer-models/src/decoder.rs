@@ -6,14 +6,14 @@
 //!                residual ─ norm ─ head ─▶ logits
 //! ```
 
-use dashinfer_kernels::{Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
+use dashinfer_kernels::{Activation, Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
 
 use crate::{
-    Attention, ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits, WeightCache,
-    WeightSource, WeightsFrom,
-    activations::{Activations, AttentionActivations},
+    Attention, Experts, ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits,
+    WeightCache, WeightSource, WeightsFrom,
+    activations::{Activations, AttentionActivations, ExpertActivations, SharedActivations},
     loader,
-    weights::{AttentionWeights, LatentQueryWeights, LayerWeights, Weights},
+    weights::{AttentionWeights, ExpertWeights, GatedWeights, LatentQueryWeights, LayerWeights, MlpWeights, Packed},
 };
 
 /// Why weights and activations are of the kind that the spec says.
@@ -27,8 +27,8 @@ pub struct Decoder<B: Backend> {
     backend: B,
     spec: ModelSpec,
     ropes: Vec<Rope>,
-    weights: Weights<B::Linear, B::Vector>,
-    activations: Activations<B::Tensor>,
+    weights: Packed<B>,
+    activations: Activations<B::Tensor, B::ExpertScratch>,
     limits: StepLimits,
     num_logit_rows: usize,
     weights_from: WeightsFrom,
@@ -275,8 +275,13 @@ impl<B: Backend> Decoder<B> {
         backend.linear(&mut x.delta, heads, attention_out)?;
         post_norm(backend, &mut x.delta, &mut x.post, post_attention_norm.as_ref(), spec.norm_eps)?;
         backend.add_rms_norm(&mut x.normed, residual, &x.delta, mlp_norm, spec.norm_eps)?;
-        backend.gated_linear(&mut x.inner, &mut x.gate_up, &x.normed, &mlp.gate_up, spec.mlp.activation)?;
-        backend.linear(&mut x.delta, &x.inner, &mlp.down)?;
+        match mlp {
+            MlpWeights::Dense(mlp) => {
+                let to = [&mut x.gate_up, &mut x.inner, &mut x.delta];
+                feed_forward(backend, to, &x.normed, mlp, spec.mlp.activation)?;
+            }
+            MlpWeights::Experts(experts) => mix(backend, spec.experts.as_ref(), x, experts)?,
+        }
         post_norm(backend, &mut x.delta, &mut x.post, post_mlp_norm.as_ref(), spec.norm_eps)
     }
 
@@ -291,6 +296,41 @@ impl<B: Backend> Decoder<B> {
             None => Ok(()),
         }
     }
+}
+
+/// A gated feed-forward layer: the last of the three tensors gets what it computes of `x`.
+fn feed_forward<B: Backend>(
+    backend: &mut B,
+    [gate_up, inner, out]: [&mut B::Tensor; 3],
+    x: &B::Tensor,
+    weights: &GatedWeights<B::Linear>,
+    activation: Activation,
+) -> Result<(), KernelError> {
+    backend.gated_linear(inner, gate_up, x, &weights.gate_up, activation)?;
+    backend.linear(out, inner, &weights.down)
+}
+
+/// A mixture of experts: `delta` gets what the chosen ones, and the shared one, compute of `normed`.
+fn mix<B: Backend>(
+    backend: &mut B,
+    facts: Option<&Experts>,
+    x: &mut Activations<B::Tensor, B::ExpertScratch>,
+    weights: &ExpertWeights<B::Linear, B::Vector, B::Experts>,
+) -> Result<(), KernelError> {
+    let (Some(facts), Some(own)) = (facts, &mut x.experts) else { unreachable!("{OF_ONE_SPEC}") };
+    let ExpertActivations { logits, scratch, shared } = own;
+    let (routing, activation) = (&facts.routing, facts.activation);
+    backend.linear(logits, &x.normed, &weights.router)?;
+    let correction = weights.correction.as_ref();
+    backend.experts(&mut x.delta, &x.normed, logits, correction, &weights.experts, routing, activation, scratch)?;
+    let (Some(weights), Some(SharedActivations { gate_up, inner, out, gate })) = (&weights.shared, shared) else {
+        return Ok(());
+    };
+    feed_forward(backend, [gate_up, inner, out], &x.normed, &weights.mlp, activation)?;
+    if let (Some(weight), Some(gate)) = (&weights.gate, &mut *gate) {
+        backend.linear(gate, &x.normed, weight)?;
+    }
+    backend.add_gated(&mut x.delta, out, gate.as_ref())
 }
 
 /// Norms `delta` if its layer says so. The two tensors change places, twice in a layer: a recorded step finds them where they were.

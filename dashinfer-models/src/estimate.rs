@@ -66,7 +66,7 @@ impl Sum<'_> {
     }
 }
 
-impl Fill<(), ()> for Sum<'_> {
+impl Fill<(), (), ()> for Sum<'_> {
     type Error = WeightsError;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<(), WeightsError> {
@@ -81,6 +81,10 @@ impl Fill<(), ()> for Sum<'_> {
 
     fn vector(&mut self, plan: &VectorPlan) -> Result<(), WeightsError> {
         self.bytes += (plan.len * size_of::<f32>()) as u64;
+        Ok(())
+    }
+
+    fn experts(&mut self, _: Vec<()>, _: Vec<()>) -> Result<(), WeightsError> {
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, to
 use crate::{
     CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
     weight_cache::{StoredWeights, Writer},
-    weights::{Fill, LinearPlan, Plan, StoredHeads, VectorPlan, Weights},
+    weights::{Fill, LinearPlan, Packed, Plan, StoredHeads, VectorPlan},
 };
 
 /// How far loading has come.
@@ -25,7 +25,7 @@ pub struct LoadProgress {
 }
 
 /// The weights, and where they came from.
-type Loaded<B> = (Weights<<B as Backend>::Linear, <B as Backend>::Vector>, WeightsFrom);
+type Loaded<B> = (Packed<B>, WeightsFrom);
 
 /// Loads the weights of `spec`, from `cache` if they are there, else into it, and calls `on_progress` after each matrix or vector
 /// that was packed.
@@ -69,7 +69,7 @@ fn take<B: Backend>(
     stored: StoredWeights<'_, B>,
     source: &dyn WeightSource,
     quantization: Quantization,
-) -> Result<Weights<B::Linear, B::Vector>, CacheFault> {
+) -> Result<Packed<B>, CacheFault> {
     let mut taker = Taker { stored, source, quantization };
     let weights = plan.fill(&mut taker)?;
     taker.stored.finish()?;
@@ -140,7 +140,7 @@ struct Taker<'a, B> {
     quantization: Quantization,
 }
 
-impl<B: Backend> Fill<B::Linear, B::Vector> for Taker<'_, B> {
+impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Taker<'_, B> {
     type Error = CacheFault;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, CacheFault> {
@@ -153,6 +153,10 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Taker<'_, B> {
 
     fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<B::Linear>, CacheFault> {
         Ok(LatentHeads { queries: self.linear(&plan.queries)?, values: self.linear(&plan.values)? })
+    }
+
+    fn experts(&mut self, gate_up: Vec<B::Linear>, down: Vec<B::Linear>) -> Result<B::Experts, CacheFault> {
+        self.stored.experts(gate_up, down)
     }
 }
 
@@ -207,7 +211,7 @@ impl<B> Loader<'_, B> {
     }
 }
 
-impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
+impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
     type Error = LoadError;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, LoadError> {
@@ -276,6 +280,10 @@ impl<B: Backend> Fill<B::Linear, B::Vector> for Loader<'_, B> {
             LatentHeads { queries: pack(self, &plan.queries, queries)?, values: pack(self, &plan.values, values)? };
         self.finish(&[name], stored_bytes);
         Ok(heads)
+    }
+
+    fn experts(&mut self, gate_up: Vec<B::Linear>, down: Vec<B::Linear>) -> Result<B::Experts, LoadError> {
+        Ok(self.backend.pack_experts(gate_up, down)?)
     }
 }
 

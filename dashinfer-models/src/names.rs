@@ -30,6 +30,8 @@ pub struct TensorNames {
     pub gate_up: &'static [&'static str],
     /// The output projection of the feed-forward layer.
     pub down: &'static str,
+    /// Those of layers with experts.
+    pub experts: ExpertNames,
     /// The norm behind the feed-forward layer, of models with [`post_norms`](crate::ModelSpec::post_norms).
     pub post_mlp_norm: &'static str,
     /// The last norm.
@@ -71,6 +73,42 @@ impl LatentNames {
     };
 }
 
+/// The names of a layer's experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExpertNames {
+    /// The router.
+    pub router: &'static str,
+    /// What corrects its choice: the whole name of a tensor.
+    pub correction: &'static str,
+    /// The modules of expert `i` stand behind `{each}.{i}.`.
+    pub each: &'static str,
+    /// The projections to gate and up of each.
+    pub gate_up: [&'static str; 2],
+    /// The output projection of each.
+    pub down: &'static str,
+    /// The projections to gate and up of the shared expert.
+    pub shared_gate_up: [&'static str; 2],
+    /// The output projection of the shared expert.
+    pub shared_down: &'static str,
+    /// The gate on what the shared expert computes.
+    pub shared_gate: &'static str,
+}
+
+impl ExpertNames {
+    /// The names of Qwen, from which others differ in a few.
+    pub const QWEN: Self = Self {
+        router: "mlp.gate",
+        correction: "mlp.gate.e_score_correction_bias",
+        each: "mlp.experts",
+        gate_up: ["gate_proj", "up_proj"],
+        down: "down_proj",
+        shared_gate_up: ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+        shared_down: "mlp.shared_expert.down_proj",
+        shared_gate: "mlp.shared_expert_gate",
+    };
+}
+
 impl TensorNames {
     /// The names of Llama, Mistral and Qwen on the hub, from which others differ in a few.
     pub const LLAMA: Self = Self {
@@ -86,6 +124,7 @@ impl TensorNames {
         mlp_norm: "post_attention_layernorm",
         gate_up: &["mlp.gate_proj", "mlp.up_proj"],
         down: "mlp.down_proj",
+        experts: ExpertNames::QWEN,
         post_mlp_norm: "post_mlp_layernorm",
         norm: "model.norm",
         head: "lm_head",

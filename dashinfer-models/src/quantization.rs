@@ -51,7 +51,7 @@ impl Quantization {
         match role {
             Role::Layer => self.layers,
             Role::Vocabulary => self.vocabulary,
-            Role::Latent => None,
+            Role::Latent | Role::Router => None,
         }
     }
 }

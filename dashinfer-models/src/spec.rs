@@ -3,7 +3,8 @@
 use std::{ops::RangeInclusive, path::Path};
 
 use dashinfer_kernels::{
-    Activation, AttentionParams, CacheLayout, CacheType, DType, Feature, KvCacheSpec, LatentParams,
+    Activation, AttentionParams, CacheLayout, CacheType, DType, ExpertGroups, Feature, GroupScore, KvCacheSpec,
+    LatentParams, Routing,
 };
 
 use crate::{ConfigError, HfConfig, RopeSpec, TensorNames};
@@ -14,6 +15,7 @@ const HEADS: RangeInclusive<usize> = 1..=1 << 12;
 /// Of latent vectors; with the rotated part, their size is that of a head.
 const RANKS: RangeInclusive<usize> = 1..=1 << 12;
 const LAYERS: RangeInclusive<usize> = 1..=1 << 10;
+const EXPERTS: RangeInclusive<usize> = 1..=1 << 11;
 const VOCAB: RangeInclusive<usize> = 1..=1 << 24;
 const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
 /// Five times the largest model published so far; a config beyond it is a mistake or an attack.
@@ -45,8 +47,10 @@ pub struct ModelSpec {
     pub logit_soft_cap: Option<f32>,
     /// What all attention layers have in common.
     pub attention: Attention,
-    /// What all feed-forward layers have in common.
+    /// What all feed-forward layers without experts have in common.
     pub mlp: Mlp,
+    /// What all layers with experts have in common; `None` where there are none.
+    pub experts: Option<Experts>,
     /// The distinct rotary embeddings; layers name them by index.
     pub ropes: Vec<RopeSpec>,
     /// What each layer has of its own.
@@ -128,6 +132,37 @@ pub struct Mlp {
     pub activation: Activation,
 }
 
+/// A mixture of experts in place of the feed-forward layer: for each token some of many, each like a small one.
+/// <https://arxiv.org/abs/2101.03961>
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Experts {
+    /// How tokens find theirs.
+    pub routing: Routing,
+    /// Inner size of each, `F`.
+    pub size: usize,
+    /// The function on their gates.
+    pub activation: Activation,
+    /// Whether the three projections of each have biases.
+    pub bias: bool,
+    /// Whether the router has one, which is part of the score.
+    pub router_bias: bool,
+    /// Whether experts are chosen by score and a correction that is not part of it (DeepSeek-V3).
+    pub correction: bool,
+    /// An expert of every token beside the chosen.
+    pub shared: Option<SharedExpert>,
+}
+
+/// An expert of every token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SharedExpert {
+    /// Its inner size.
+    pub size: usize,
+    /// Whether what it computes has a gate: a factor for each token, of its hidden state (Qwen2-MoE).
+    pub gated: bool,
+}
+
 /// What one layer has of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -136,6 +171,8 @@ pub struct LayerSpec {
     pub window: Option<usize>,
     /// Index into [`ModelSpec::ropes`].
     pub rope: usize,
+    /// Whether it has [experts](ModelSpec::experts) in place of the feed-forward layer.
+    pub experts: bool,
 }
 
 impl ModelSpec {
@@ -156,16 +193,23 @@ impl ModelSpec {
     /// Parameters, the tied embedding counted once.
     #[must_use]
     pub fn num_parameters(&self) -> u64 {
-        let [vocab, hidden, mlp, layers] =
-            [self.vocab_size, self.hidden_size, self.mlp.size, self.num_layers()].map(wide);
+        let [vocab, hidden, layers] = [self.vocab_size, self.hidden_size, self.num_layers()].map(wide);
         let attention = match &self.attention {
             Attention::Grouped(attention) => attention.num_parameters(hidden),
             Attention::Latent(attention) => attention.num_parameters(hidden),
         };
-        let feed_forward = 3 * hidden * mlp + u64::from(self.mlp.bias) * (2 * mlp + hidden);
+        let with_experts = self.num_expert_layers();
+        let dense = self.mlp.num_parameters(hidden);
+        let experts = self.experts.map_or(0, |experts| experts.num_parameters(hidden));
+        let feed_forward = (layers - with_experts) * dense + with_experts * experts;
         let norms = if self.post_norms { 4 } else { 2 } * hidden;
         let embeddings = vocab * hidden * if self.tied_embeddings { 1 } else { 2 };
-        embeddings + layers * (attention + feed_forward + norms) + hidden
+        embeddings + layers * (attention + norms) + feed_forward + hidden
+    }
+
+    /// Layers with experts.
+    fn num_expert_layers(&self) -> u64 {
+        wide(self.layers.iter().filter(|layer| layer.experts).count())
     }
 
     /// The cache of this model with `num_blocks` blocks of `block_size` tokens.
@@ -211,9 +255,11 @@ impl ModelSpec {
             (grouped.is_some_and(|attention| attention.sinks), Feature::AttentionSinks),
             (grouped.is_none(), Feature::LatentAttention),
             (self.logit_soft_cap.is_some(), Feature::LogitSoftCap),
+            (self.experts.is_some(), Feature::Experts),
         ];
         let needed = needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature));
-        needed.chain(self.mlp.activation.feature()).collect()
+        let activations = [Some(self.mlp.activation), self.experts.map(|experts| experts.activation)];
+        needed.chain(activations.into_iter().flatten().filter_map(Activation::feature)).collect()
     }
 
     /// Whether this describes a model at all. What passes can be multiplied together without overflow.
@@ -238,7 +284,13 @@ impl ModelSpec {
         for rope in &self.ropes {
             rope.check(rotated_of)?;
         }
+        if let Some(experts) = &self.experts {
+            experts.check()?;
+        }
         for layer in &self.layers {
+            if layer.experts && self.experts.is_none() {
+                return Err(ConfigError::value("layers", "experts for the layers that have some", "none"));
+            }
             if layer.rope >= self.ropes.len() {
                 let wanted = format!("the index of one of {} rotary embeddings", self.ropes.len());
                 return Err(ConfigError::value("layers", wanted, layer.rope));
@@ -261,6 +313,54 @@ impl ModelSpec {
     pub(crate) fn check_num_layers(num_layers: usize) -> Result<(), ConfigError> {
         within("num_hidden_layers", num_layers, LAYERS)
     }
+}
+
+impl Mlp {
+    fn num_parameters(&self, hidden: u64) -> u64 {
+        gated_parameters(hidden, wide(self.size), self.bias)
+    }
+}
+
+impl Experts {
+    fn num_parameters(&self, hidden: u64) -> u64 {
+        let count = wide(self.routing.num_experts);
+        let router = count * (hidden + u64::from(self.router_bias) + u64::from(self.correction));
+        let shared = self
+            .shared
+            .map_or(0, |shared| gated_parameters(hidden, wide(shared.size), false) + u64::from(shared.gated) * hidden);
+        router + count * gated_parameters(hidden, wide(self.size), self.bias) + shared
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let Routing { num_experts, top_k, groups, scale, .. } = self.routing;
+        within("the number of experts", num_experts, EXPERTS)?;
+        within("num_experts_per_tok", top_k, 1..=num_experts)?;
+        within("moe_intermediate_size", self.size, SIZES)?;
+        positive("routed_scaling_factor", scale)?;
+        if let Some(ExpertGroups { num_groups, top_groups, score }) = groups {
+            within("n_group", num_groups, 1..=num_experts)?;
+            within("topk_group", top_groups, 1..=num_groups)?;
+            let size = num_experts / num_groups;
+            if size * num_groups != num_experts || (score == GroupScore::TopTwo && size < 2) {
+                let wanted = format!("a divisor of {num_experts} experts, with two of them in a group at least");
+                return Err(ConfigError::value("n_group", wanted, num_groups));
+            }
+            within("num_experts_per_tok", top_k, 1..=size * top_groups)?;
+        }
+        if let Some(shared) = self.shared {
+            within("the size of the shared expert", shared.size, MLP_SIZES)?;
+        }
+        if let Activation::ClampedSwiglu { alpha, limit } = self.activation {
+            positive("swiglu_alpha", alpha)?;
+            positive("swiglu_limit", limit)?;
+        }
+        Ok(())
+    }
+}
+
+/// Of gate, up and down.
+fn gated_parameters(hidden: u64, size: u64, bias: bool) -> u64 {
+    3 * hidden * size + u64::from(bias) * (2 * size + hidden)
 }
 
 impl Attention {

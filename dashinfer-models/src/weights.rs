@@ -1,18 +1,18 @@
 //! The parameters of the decoder: what a checkpoint calls them, their shapes, and which of them are packed into one.
 //!
-//! [`Weights`] is generic over what stands for a matrix and for a vector. As a plan it holds names and shapes; filled by
+//! [`Weights`] is generic over what stands for a matrix, for a vector, and for the experts of a layer. As a plan it holds names and shapes; filled by
 //! the loader it holds packed weights. So no parameter can be forgotten: the types would not fit.
 
-use dashinfer_kernels::LatentHeads;
+use dashinfer_kernels::{Backend, LatentHeads};
 
-use crate::{Attention, GroupedAttention, LatentAttention, ModelSpec};
+use crate::{Attention, Experts, GroupedAttention, LatentAttention, ModelSpec};
 
-/// The decoder's parameters, with `L` for a linear operator's weight and `V` for a vector.
+/// The decoder's parameters, with `L` for a linear operator's weight, `V` for a vector, and `X` for the experts of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Weights<L, V> {
+pub(crate) struct Weights<L, V, X> {
     /// `[V, E]`
     pub(crate) embed: L,
-    pub(crate) layers: Vec<LayerWeights<L, V>>,
+    pub(crate) layers: Vec<LayerWeights<L, V, X>>,
     /// `[E]`
     pub(crate) norm: V,
     /// `[V, E]`, or `None` where the embedding serves.
@@ -21,7 +21,7 @@ pub(crate) struct Weights<L, V> {
 
 /// One layer's parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LayerWeights<L, V> {
+pub(crate) struct LayerWeights<L, V, X> {
     /// `[E]`
     pub(crate) attention_norm: V,
     pub(crate) attention: AttentionWeights<L, V>,
@@ -31,7 +31,7 @@ pub(crate) struct LayerWeights<L, V> {
     pub(crate) post_attention_norm: Option<V>,
     /// `[E]`
     pub(crate) mlp_norm: V,
-    pub(crate) mlp: MlpWeights<L>,
+    pub(crate) mlp: MlpWeights<L, V, X>,
     /// `[E]`
     pub(crate) post_mlp_norm: Option<V>,
 }
@@ -74,9 +74,39 @@ pub(crate) enum LatentQueryWeights<L, V> {
     Compressed { down: L, norm: V, up: L },
 }
 
+/// What a layer has behind attention.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum MlpWeights<L, V, X> {
+    Dense(GatedWeights<L>),
+    Experts(ExpertWeights<L, V, X>),
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ExpertWeights<L, V, X> {
+    /// `[N, E]`
+    pub(crate) router: L,
+    /// `[N]`
+    pub(crate) correction: Option<V>,
+    pub(crate) experts: X,
+    pub(crate) shared: Option<SharedWeights<L>>,
+}
+
+/// An expert of every token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SharedWeights<L> {
+    pub(crate) mlp: GatedWeights<L>,
+    /// `[1, E]`
+    pub(crate) gate: Option<L>,
+}
+
+/// The experts of a layer, to be packed together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ExpertsPlan(pub(crate) Vec<GatedWeights<LinearPlan>>);
+
 /// A gated feed-forward layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct MlpWeights<L> {
+pub(crate) struct GatedWeights<L> {
     /// `[2 F, E]`
     pub(crate) gate_up: L,
     /// `[E, F]`
@@ -108,6 +138,8 @@ pub(crate) enum Role {
     Vocabulary,
     /// A matrix between heads and latent vectors, which is never quantized: its products are many and small.
     Latent,
+    /// What decides which experts compute, and by how much: never quantized, as it is small and a near tie is not.
+    Router,
 }
 
 /// One tensor of a [`LinearPlan`].
@@ -128,7 +160,13 @@ pub(crate) struct VectorPlan {
 }
 
 /// Names and shapes of all parameters.
-pub(crate) type Plan = Weights<LinearPlan, VectorPlan>;
+pub(crate) type Plan = Weights<LinearPlan, VectorPlan, ExpertsPlan>;
+
+/// Parameters as a backend keeps them.
+pub(crate) type Packed<B> = Weights<<B as Backend>::Linear, <B as Backend>::Vector, <B as Backend>::Experts>;
+
+/// Names and shapes of a layer's parameters.
+type LayerPlan = LayerWeights<LinearPlan, VectorPlan, ExpertsPlan>;
 
 impl Part {
     pub(crate) fn weight(&self) -> String {
@@ -147,12 +185,14 @@ impl LinearPlan {
 }
 
 /// Makes the things that a plan asks for.
-pub(crate) trait Fill<L, V> {
+pub(crate) trait Fill<L, V, X> {
     type Error;
     fn linear(&mut self, plan: &LinearPlan) -> Result<L, Self::Error>;
     fn vector(&mut self, plan: &VectorPlan) -> Result<V, Self::Error>;
     /// The two matrices between heads and latent vectors, which are stored as [one tensor](StoredHeads).
     fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<L>, Self::Error>;
+    /// Of what was made of each expert's matrices: all gates and ups, and all downs.
+    fn experts(&mut self, gate_up: Vec<L>, down: Vec<L>) -> Result<X, Self::Error>;
 }
 
 /// The tensor that the matrices between heads and latent vectors are stored in: for each head the `[N, C]` that makes keys, then the
@@ -199,7 +239,7 @@ impl Plan {
     }
 
     /// The same structure with every plan replaced by what `fill` makes of it, in the order of the forward pass.
-    pub(crate) fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<Weights<L, V>, F::Error> {
+    pub(crate) fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<Weights<L, V, X>, F::Error> {
         let embed = fill.linear(&self.embed)?;
         let layers = self.layers.iter().map(|layer| layer.fill(fill));
         Ok(Weights {
@@ -213,7 +253,7 @@ impl Plan {
     /// Every tensor that the plan asks for, with its shape, in the order of [`fill`](Self::fill).
     pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         struct List(Vec<(String, Vec<usize>)>);
-        impl Fill<(), ()> for List {
+        impl Fill<(), (), ()> for List {
             type Error = std::convert::Infallible;
 
             fn linear(&mut self, plan: &LinearPlan) -> Result<(), Self::Error> {
@@ -233,6 +273,10 @@ impl Plan {
                 let stored = StoredHeads::new(plan);
                 self.0.push((stored.part.weight(), stored.shape().to_vec()));
                 Ok(LatentHeads { queries: (), values: () })
+            }
+
+            fn experts(&mut self, _: Vec<()>, _: Vec<()>) -> Result<(), Self::Error> {
+                Ok(())
             }
         }
         let mut list = List(Vec::new());
@@ -259,7 +303,7 @@ struct LayerNames<'a> {
 }
 
 impl LayerNames<'_> {
-    fn plan(&self) -> LayerWeights<LinearPlan, VectorPlan> {
+    fn plan(&self) -> LayerPlan {
         let spec = self.spec;
         let (hidden, names) = (spec.hidden_size, &spec.names);
         let norm = |name| self.norm(name, hidden);
@@ -279,9 +323,9 @@ impl LayerNames<'_> {
             },
             post_attention_norm: spec.post_norms.then(|| norm(names.post_attention_norm)),
             mlp_norm: norm(names.mlp_norm),
-            mlp: MlpWeights {
-                gate_up: self.linear(names.gate_up, &[spec.mlp.size; 2], hidden, spec.mlp.bias),
-                down: self.linear(&[names.down], &[hidden], spec.mlp.size, spec.mlp.bias),
+            mlp: match &spec.experts {
+                Some(experts) if spec.layers[self.layer].experts => MlpWeights::Experts(self.experts(experts)),
+                _ => MlpWeights::Dense(self.gated(names.gate_up, names.down, spec.mlp.size, spec.mlp.bias)),
             },
             post_mlp_norm: spec.post_norms.then(|| norm(names.post_mlp_norm)),
         }
@@ -333,6 +377,39 @@ impl LayerNames<'_> {
         }
     }
 
+    fn gated(&self, gate_up: &[&str], down: &str, size: usize, bias: bool) -> GatedWeights<LinearPlan> {
+        let hidden = self.spec.hidden_size;
+        GatedWeights {
+            gate_up: self.linear(gate_up, &[size; 2], hidden, bias),
+            down: self.linear(&[down], &[hidden], size, bias),
+        }
+    }
+
+    fn experts(&self, experts: &Experts) -> ExpertWeights<LinearPlan, VectorPlan, ExpertsPlan> {
+        let (hidden, names) = (self.spec.hidden_size, &self.spec.names.experts);
+        let num_experts = experts.routing.num_experts;
+        let router =
+            |name, rows, bias| LinearPlan { role: Role::Router, ..self.linear(&[name], &[rows], hidden, bias) };
+        let expert = |index: usize| {
+            let name = |module| format!("{}.{index}.{module}", names.each);
+            let [gate, up] = names.gate_up.map(name);
+            self.gated(&[&gate, &up], &name(names.down), experts.size, experts.bias)
+        };
+        ExpertWeights {
+            router: router(names.router, num_experts, experts.router_bias),
+            correction: experts.correction.then(|| VectorPlan {
+                name: self.name(names.correction),
+                len: num_experts,
+                offset: 0.0,
+            }),
+            experts: ExpertsPlan((0..num_experts).map(expert).collect()),
+            shared: experts.shared.map(|shared| SharedWeights {
+                mlp: self.gated(&names.shared_gate_up, names.shared_down, shared.size, false),
+                gate: shared.gated.then(|| router(names.shared_gate, 1, false)),
+            }),
+        }
+    }
+
     fn name(&self, name: &str) -> String {
         format!("{}.{}.{name}", self.spec.names.layers, self.layer)
     }
@@ -355,8 +432,8 @@ impl LayerNames<'_> {
     }
 }
 
-impl LayerWeights<LinearPlan, VectorPlan> {
-    fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<LayerWeights<L, V>, F::Error> {
+impl LayerPlan {
+    fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<LayerWeights<L, V, X>, F::Error> {
         Ok(LayerWeights {
             attention_norm: fill.vector(&self.attention_norm)?,
             attention: match &self.attention {
@@ -366,14 +443,17 @@ impl LayerWeights<LinearPlan, VectorPlan> {
             attention_out: fill.linear(&self.attention_out)?,
             post_attention_norm: optional(fill, self.post_attention_norm.as_ref())?,
             mlp_norm: fill.vector(&self.mlp_norm)?,
-            mlp: MlpWeights { gate_up: fill.linear(&self.mlp.gate_up)?, down: fill.linear(&self.mlp.down)? },
+            mlp: match &self.mlp {
+                MlpWeights::Dense(mlp) => MlpWeights::Dense(mlp.fill(fill)?),
+                MlpWeights::Experts(experts) => MlpWeights::Experts(experts.fill(fill)?),
+            },
             post_mlp_norm: optional(fill, self.post_mlp_norm.as_ref())?,
         })
     }
 }
 
 impl GroupedWeights<LinearPlan, VectorPlan> {
-    fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<GroupedWeights<L, V>, F::Error> {
+    fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<GroupedWeights<L, V>, F::Error> {
         Ok(GroupedWeights {
             qkv: fill.linear(&self.qkv)?,
             qk_norm: match &self.qk_norm {
@@ -386,7 +466,7 @@ impl GroupedWeights<LinearPlan, VectorPlan> {
 }
 
 impl LatentWeights<LinearPlan, VectorPlan> {
-    fn fill<L, V, F: Fill<L, V>>(&self, fill: &mut F) -> Result<LatentWeights<L, V>, F::Error> {
+    fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<LatentWeights<L, V>, F::Error> {
         Ok(LatentWeights {
             queries: match &self.queries {
                 LatentQueryWeights::Direct(q) => LatentQueryWeights::Direct(fill.linear(q)?),
@@ -403,7 +483,42 @@ impl LatentWeights<LinearPlan, VectorPlan> {
     }
 }
 
-fn optional<L, V, F: Fill<L, V>>(fill: &mut F, vector: Option<&VectorPlan>) -> Result<Option<V>, F::Error> {
+impl GatedWeights<LinearPlan> {
+    fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<GatedWeights<L>, F::Error> {
+        Ok(GatedWeights { gate_up: fill.linear(&self.gate_up)?, down: fill.linear(&self.down)? })
+    }
+}
+
+impl ExpertWeights<LinearPlan, VectorPlan, ExpertsPlan> {
+    fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<ExpertWeights<L, V, X>, F::Error> {
+        Ok(ExpertWeights {
+            router: fill.linear(&self.router)?,
+            correction: optional(fill, self.correction.as_ref())?,
+            experts: self.experts.fill(fill)?,
+            shared: match &self.shared {
+                Some(shared) => Some(SharedWeights {
+                    mlp: shared.mlp.fill(fill)?,
+                    gate: shared.gate.as_ref().map(|gate| fill.linear(gate)).transpose()?,
+                }),
+                None => None,
+            },
+        })
+    }
+}
+
+impl ExpertsPlan {
+    fn fill<L, V, X, F: Fill<L, V, X>>(&self, fill: &mut F) -> Result<X, F::Error> {
+        let (mut gate_up, mut down) = (Vec::with_capacity(self.0.len()), Vec::with_capacity(self.0.len()));
+        for expert in &self.0 {
+            let GatedWeights { gate_up: both, down: back } = expert.fill(fill)?;
+            gate_up.push(both);
+            down.push(back);
+        }
+        fill.experts(gate_up, down)
+    }
+}
+
+fn optional<L, V, X, F: Fill<L, V, X>>(fill: &mut F, vector: Option<&VectorPlan>) -> Result<Option<V>, F::Error> {
     vector.map(|vector| fill.vector(vector)).transpose()
 }
 

@@ -1,5 +1,6 @@
 //! The families, as data: what sets each one apart from plain Llama.
 
+mod experts;
 mod llama;
 mod qwen;
 
@@ -14,6 +15,9 @@ pub static FAMILIES: &[(&str, ToSpec)] = &[
     ("MistralForCausalLM", llama::mistral),
     ("Qwen2ForCausalLM", qwen::qwen2),
     ("Qwen3ForCausalLM", qwen::qwen3),
+    ("MixtralForCausalLM", experts::mixtral),
+    ("Qwen2MoeForCausalLM", experts::qwen2_moe),
+    ("Qwen3MoeForCausalLM", experts::qwen3_moe),
 ];
 
 #[cfg(test)]

@@ -90,6 +90,11 @@ impl<'a, B: Backend> StoredWeights<'a, B> {
         self.backend.vector(&values).map_err(|error| not_imported(&error))
     }
 
+    /// Experts of matrices that were taken.
+    pub(crate) fn experts(&self, gate_up: Vec<B::Linear>, down: Vec<B::Linear>) -> Result<B::Experts, CacheFault> {
+        self.backend.pack_experts(gate_up, down).map_err(|error| not_imported(&error))
+    }
+
     fn next(&mut self, wanted: What) -> Result<Vec<SharedBytes>, CacheFault> {
         match self.items.next() {
             Some((found, buffers)) if found == wanted => Ok(buffers),
