@@ -13,14 +13,36 @@ const QWEN2_5: &[Qwen2Shape] = &[
     ("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152_064, false),
 ];
 
+/// Name and config of other shapes, from the models' pages on the hub.
+const OTHERS: &[(&str, &str)] = &[
+    (
+        "qwen1.5-moe-a2.7b",
+        r#"{"architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "norm_topk_prob": false,
+            "vocab_size": 151936, "max_position_embeddings": 8192, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
+            "torch_dtype": "bfloat16"}"#,
+    ),
+    (
+        "qwen3-30b-a3b",
+        r#"{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "num_experts": 128,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": true, "vocab_size": 151936,
+            "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}"#,
+    ),
+];
+
 /// The names that [`named`] knows.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    QWEN2_5.iter().map(|shape| shape.0)
+    QWEN2_5.iter().map(|shape| shape.0).chain(OTHERS.iter().map(|shape| shape.0))
 }
 
 /// The published shape of this name.
 #[must_use]
 pub fn named(name: &str) -> Option<ModelSpec> {
+    if let Some((_, config)) = OTHERS.iter().find(|shape| shape.0 == name) {
+        return Some(spec(config));
+    }
     let &(_, hidden, layers, heads, kv_heads, mlp, vocab, tied) = QWEN2_5.iter().find(|shape| shape.0 == name)?;
     let config = json!({
         "architectures": ["Qwen2ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
@@ -28,8 +50,12 @@ pub fn named(name: &str) -> Option<ModelSpec> {
         "tie_word_embeddings": tied, "max_position_embeddings": 32768, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6,
         "torch_dtype": "bfloat16"
     });
-    let config = HfConfig::parse(&config.to_string()).expect("it was JSON a line ago");
-    Some(config.to_spec().expect("the table holds published models"))
+    Some(spec(&config.to_string()))
+}
+
+fn spec(config: &str) -> ModelSpec {
+    let config = HfConfig::parse(config).expect("the tables hold JSON");
+    config.to_spec().expect("the tables hold published models")
 }
 
 #[cfg(test)]
@@ -39,7 +65,7 @@ mod tests {
     #[test]
     fn every_shape_is_sound_and_of_its_published_size() {
         let sizes: Vec<_> = names().map(|name| named(name).unwrap().num_parameters()).collect();
-        assert_eq!(sizes, [494_032_768, 1_543_714_304, 7_615_616_512]);
+        assert_eq!(sizes, [494_032_768, 1_543_714_304, 7_615_616_512, 14_315_784_192, 30_532_122_624]);
         assert_eq!(named("gpt-2"), None);
     }
 }

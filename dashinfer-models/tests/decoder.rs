@@ -17,7 +17,7 @@ const VOCAB: u32 = 50;
 
 /// Small models of every family, with and without windows.
 fn any_spec() -> impl Strategy<Value = ModelSpec> {
-    let family = prop::sample::select(&["Llama", "Mistral", "Qwen2", "Qwen3"][..]);
+    let family = prop::sample::select(&["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe"][..]);
     let shape = (1usize..4, 1usize..4, 1usize..4, prop::sample::select(&[2usize, 6, 16][..]), 1usize..40, 1usize..40);
     (family, shape, any::<bool>(), prop::option::of(1usize..9)).prop_map(|(family, shape, flag, window)| {
         let (layers, kv_heads, group, head_dim, hidden, mlp) = shape;
@@ -28,7 +28,9 @@ fn any_spec() -> impl Strategy<Value = ModelSpec> {
                 "num_hidden_layers": {layers}, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
                 "head_dim": {head_dim}, "vocab_size": {VOCAB}, "max_position_embeddings": 64,
                 "tie_word_embeddings": {flag}, "attention_bias": {flag}, "mlp_bias": {flag},
-                "use_sliding_window": true, "max_window_layers": 1, "sliding_window": {window}}}"#
+                "use_sliding_window": true, "max_window_layers": 1, "sliding_window": {window},
+                "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": {mlp},
+                "shared_expert_intermediate_size": 7, "decoder_sparse_step": {group}}}"#
         );
         HfConfig::parse(&config).unwrap().to_spec().unwrap()
     })

@@ -79,7 +79,17 @@ fn load(
     quantization: Quantization,
     cache: Option<&WeightCache>,
 ) -> Result<(Vec<Vec<f32>>, WeightsFrom), LoadError> {
-    let mut decoder = Decoder::load_with_cache(backend(), spec(), source, LIMITS, quantization, cache, &mut |_| ())?;
+    load_spec(spec(), source, quantization, cache)
+}
+
+/// [`load`] of another spec.
+fn load_spec(
+    spec: ModelSpec,
+    source: &mut dyn WeightSource,
+    quantization: Quantization,
+    cache: Option<&WeightCache>,
+) -> Result<(Vec<Vec<f32>>, WeightsFrom), LoadError> {
+    let mut decoder = Decoder::load_with_cache(backend(), spec, source, LIMITS, quantization, cache, &mut |_| ())?;
     let weights_from = decoder.weights_from().clone();
     Ok((Runner::new(&mut decoder, 1).step(&[(0, &[3, 1, 4, 1, 5, 9, 2, 6])], Wanted::All), weights_from))
 }
@@ -95,6 +105,27 @@ fn a16w4() -> Quantization {
 #[track_caller]
 fn assert_stored(found: &WeightsFrom) {
     assert!(matches!(found, WeightsFrom::Stored { replaced: None, .. }), "{found:?}");
+}
+
+#[test]
+fn experts_are_taken_from_a_file_too() {
+    let config = r#"{"architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 90, "max_position_embeddings": 64,
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 50,
+        "mlp_only_layers": [1]}"#;
+    let spec = HfConfig::parse(config).unwrap().to_spec().unwrap();
+    let source = || RandomWeights::new(&spec, 5);
+    for quantization in [Quantization::NONE, a16w4()] {
+        let folder = Folder::new();
+        let wanted = load_spec(spec.clone(), &mut source(), quantization, None).unwrap().0;
+        let (logits, from) = load_spec(spec.clone(), &mut source(), quantization, Some(&folder.cache())).unwrap();
+        assert_stored(&from);
+        assert_eq!(logits, wanted);
+        let (logits, from) =
+            load_spec(spec.clone(), &mut Unread(source()), quantization, Some(&folder.cache())).unwrap();
+        assert_eq!(from, WeightsFrom::Cache);
+        assert_eq!(logits, wanted);
+    }
 }
 
 /// Weights that must not be read.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use benches::arguments::{self, ArgumentError, Arguments};
 use benches::limits::{Limits, rate};
 use benches::rss;
-use benches::work::Work;
+use benches::work::{ElementBytes, Work};
 use dashinfer::{
     ComputeType, Device, Engine, FinishReason, KvCacheType, Quantization, Request, Scheme, Source, TokenStream,
     WeightType,
@@ -261,10 +261,13 @@ impl Bench {
         let cached = options.sequences().map(|(batch, tokens)| batch * tokens.next_multiple_of(32)).max().unwrap_or(0);
         let kv_bytes_per_token = load.estimate()?.kv_bytes_per_token;
         let engine = load.kv_cache_bytes(cached as u64 * kv_bytes_per_token).blocking()?;
-        let element_bytes = options
-            .quantization
-            .vocabulary_scheme()
-            .map_or(dtype.size_bytes() as f64, |scheme| scheme.bits_per_weight(spec.hidden_size) / 8.0);
+        let bytes_in = |scheme: Option<Scheme>| {
+            scheme.map_or(dtype.size_bytes() as f64, |scheme| scheme.bits_per_weight(spec.hidden_size) / 8.0)
+        };
+        let element_bytes = ElementBytes {
+            vocabulary: bytes_in(options.quantization.vocabulary_scheme()),
+            layers: bytes_in(options.quantization.layers_scheme()),
+        };
         let work = Work::new(&spec, engine.model().weight_bytes, element_bytes, kv_bytes_per_token);
         let bench = Self { options, engine, work, limits, dtype, start };
         if !bench.options.json {
@@ -282,6 +285,7 @@ impl Bench {
             self.options.threads,
             load_time.as_secs_f64()
         );
+        println!("one token reads {:.1} MB of weights", self.work.step_bytes(1) / 1e6);
         if self.options.weight_cache.is_some() {
             println!("weights from: {:?}", self.engine.model().weights_from);
         }
@@ -340,8 +344,8 @@ impl Bench {
         let prompts = self.prompts(batch, length);
         let time = self.best_of(self.repeat(3), &prompts, 1)?;
         let flops = self.work.prefill_flops(batch, length);
-        // Every weight is read in some step.
-        let bytes = self.work.decode_bytes(batch, 0.0);
+        // As if all rows were one step's.
+        let bytes = self.work.step_bytes(batch * length);
         Ok(Measured { what: "prefill", batch, length, tokens: batch * length, time, bytes, flops })
     }
 
@@ -418,6 +422,7 @@ impl Bench {
                 "tokens_per_second": tokens_per_second,
                 "seconds": seconds,
                 "bytes_per_second": bytes / seconds,
+                "bytes_per_token": bytes / tokens as f64,
                 "flops_per_second": flops / seconds,
                 "limit": limit.name(),
                 "isa": self.options.isa.name(),

@@ -110,10 +110,17 @@ impl Target {
         quantization: Quantization,
     ) -> u64 {
         match self {
-            Self::Cpu if quantization == Quantization::NONE && compute == DType::F32 => 0,
             Self::Cpu => {
-                let cols = spec.hidden_size.max(spec.attention.out_size()).max(spec.mlp.size);
-                dashinfer_kernels::cpu::workspace_bytes(limits.max_tokens, cols) as u64
+                let experts = spec.experts.map_or(0, |experts| {
+                    let (hidden, inner) = (spec.hidden_size, experts.size);
+                    dashinfer_kernels::cpu::expert_bytes(limits.max_tokens, hidden, inner, &experts.routing)
+                });
+                let products = if quantization == Quantization::NONE && compute == DType::F32 {
+                    0
+                } else {
+                    dashinfer_kernels::cpu::workspace_bytes(limits.max_tokens, widest(spec))
+                };
+                experts.saturating_add(products) as u64
             }
             Self::Cuda(device) => {
                 let cache = spec.kv_cache(1, 1, compute.into());
@@ -138,6 +145,13 @@ impl Target {
             Self::Cuda(device) => Some(Spare { available: device.memory()?.0, part: (9, 10), most: u64::MAX }),
         })
     }
+}
+
+/// Columns of the widest product but those of experts.
+fn widest(spec: &ModelSpec) -> usize {
+    let shared = spec.experts.and_then(|experts| experts.shared).map_or(0, |shared| shared.size);
+    let dense = if spec.layers.iter().any(|layer| !layer.experts) { spec.mlp.size } else { 0 };
+    spec.hidden_size.max(spec.attention.out_size()).max(dense).max(shared)
 }
 
 fn unsupported(what: String, backend: &'static str) -> Error {
