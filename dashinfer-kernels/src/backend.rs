@@ -209,6 +209,9 @@ impl AttentionParams {
     ) -> Result<(), KernelError> {
         check(op, "rows", step_rows, rows)?;
         check(op, "columns of qkv", (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, cols)?;
+        if let CacheLayout::Latent { rank } = cache.layout {
+            return Err(KernelError::Shape { op, what: "size of latent vectors in the cache", wanted: 0, found: rank });
+        }
         check(op, "key/value heads of the cache", self.num_kv_heads, cache.num_kv_heads)?;
         check(op, "head size of the cache", self.head_dim, cache.head_dim)?;
         let groups = self.num_heads / self.num_kv_heads.max(1);
@@ -248,6 +251,20 @@ impl LatentParams {
     #[must_use]
     pub const fn q_dim(&self) -> usize {
         self.nope_dim + self.rope_dim
+    }
+
+    /// Whether layer `layer` of a cache is one of this attention.
+    pub(crate) fn check(&self, op: &'static str, cache: &KvCacheSpec, layer: usize) -> Result<(), KernelError> {
+        let rank = match cache.layout {
+            CacheLayout::KeysAndValues => 0,
+            CacheLayout::Latent { rank } => rank,
+        };
+        check(op, "size of latent vectors in the cache", self.rank, rank)?;
+        check(op, "values of a token in the cache", self.width(), cache.head_dim)?;
+        if layer < cache.num_layers {
+            return Ok(());
+        }
+        Err(KernelError::Shape { op, what: "layers of the cache", wanted: layer + 1, found: cache.num_layers })
     }
 }
 

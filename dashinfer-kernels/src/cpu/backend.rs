@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::aligned::AlignedBuf;
-use super::attention::{self, AttentionRange, CpuKvCache, Work};
+use super::attention::{self, AttentionRange, CpuKvCache, LatentScratch, LatentWork, Work};
 use super::experts::{self, CpuExpertScratch, CpuExperts};
 use super::gate::Gate;
 use super::isa::Isa;
@@ -18,8 +18,9 @@ use super::silu_mul::{self, SiluMulRow};
 use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
-    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView, PackedShape,
-    PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes, StepRows, TensorUse,
+    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, LatentHeads, LatentParams,
+    MatrixView, PackedShape, PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes, StepRows,
+    TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -182,6 +183,7 @@ pub struct CpuBackend {
     num_blocks_named: usize,
     ropes: Vec<RopeTable>,
     attention_scratch: attention::Scratch,
+    latent_scratch: LatentScratch,
     sample_scratch: Vec<SampleScratch>,
     /// Not collected yet.
     sampled: VecDeque<Vec<Sampled>>,
@@ -227,6 +229,7 @@ impl CpuBackend {
             num_blocks_named: 0,
             ropes: Vec::new(),
             attention_scratch: attention::Scratch::default(),
+            latent_scratch: LatentScratch::default(),
             sample_scratch: Vec::new(),
             sampled: VecDeque::new(),
         })
@@ -260,6 +263,23 @@ impl CpuBackend {
         params: &AttentionParams,
     ) -> Result<(), KernelError> {
         params.check(op, self.batch.positions.len(), [qkv.rows, qkv.cols], spec, layer)?;
+        self.check_places(op, spec)
+    }
+
+    /// Rotary embedding `rope` of the step, which must leave no more than `size` values to rotate.
+    fn rope_table(&self, op: &'static str, rope: usize, size: usize) -> Result<&RopeTable, KernelError> {
+        let Some(table) = self.ropes.get(rope) else {
+            let found = self.ropes.len();
+            return Err(KernelError::Shape { op, what: "rotary embeddings of the step", wanted: rope + 1, found });
+        };
+        if table.rotated() > size {
+            return Err(KernelError::Shape { op, what: "head size", wanted: table.rotated(), found: size });
+        }
+        Ok(table)
+    }
+
+    /// Checks that the slots and blocks of the step that was begun lie in a cache.
+    fn check_places(&self, op: &'static str, spec: &KvCacheSpec) -> Result<(), KernelError> {
         let slots = spec.num_blocks * spec.block_size;
         let wanted = self.num_slots_named;
         if wanted > slots {
@@ -277,6 +297,18 @@ impl CpuBackend {
             }
         }
         Ok(())
+    }
+}
+
+/// Calls `run(copy of values, values)`. Up to `SHORT` values, the copy takes no allocation.
+fn with_copy<const SHORT: usize>(values: &mut [f32], run: impl FnOnce(&[f32], &mut [f32])) {
+    let mut short = [0.0; SHORT];
+    if let Some(copy) = short.get_mut(..values.len()) {
+        copy.copy_from_slice(values);
+        run(copy, values);
+    } else {
+        let copy = values.to_vec();
+        run(&copy, values);
     }
 }
 
@@ -300,8 +332,8 @@ impl Backend for CpuBackend {
             | Feature::AttentionSinks
             | Feature::LogitSoftCap
             | Feature::ClampedSwiglu
-            | Feature::Experts => true,
-            Feature::LatentAttention => false,
+            | Feature::Experts
+            | Feature::LatentAttention => true,
         }
     }
 
@@ -531,13 +563,7 @@ impl Backend for CpuBackend {
         const OP: &str = "rope_and_cache";
         self.check_attention(OP, qkv, cache.spec(), layer, params)?;
         let d = params.head_dim;
-        let Some(table) = self.ropes.get(rope) else {
-            let found = self.ropes.len();
-            return Err(KernelError::Shape { op: OP, what: "rotary embeddings of the step", wanted: rope + 1, found });
-        };
-        if table.rotated() > d {
-            return Err(KernelError::Shape { op: OP, what: "head size", wanted: table.rotated(), found: d });
-        }
+        let table = self.rope_table(OP, rope, d)?;
         if let Some(norm) = &qk_norm {
             check(OP, "length of the q norm", d, norm.q.len())?;
             check(OP, "length of the k norm", d, norm.k.len())?;
@@ -555,16 +581,8 @@ impl Backend for CpuBackend {
                 for head in heads.chunks_exact_mut(d) {
                     if let Some(qk) = &qk_norm {
                         let weight = if side == 0 { qk.q } else { qk.k };
-                        let mut normed = [0.0; 256];
-                        if let Some(normed) = normed.get_mut(..d) {
-                            // SAFETY: all are `d` long; the variant was chosen for this machine.
-                            unsafe { norm(normed, head, weight, qk.eps) };
-                            head.copy_from_slice(normed);
-                        } else {
-                            let source = head.to_vec();
-                            // SAFETY: as above.
-                            unsafe { norm(head, &source, weight, qk.eps) };
-                        }
+                        // SAFETY: all are `d` long; the variant was chosen for this machine.
+                        with_copy::<256>(head, |source, head| unsafe { norm(head, source, weight, qk.eps) });
                     }
                     table.rotate(row, head);
                 }
@@ -593,8 +611,84 @@ impl Backend for CpuBackend {
         }
         let out = SendPtr(out.data.as_mut_ptr());
         let sinks = sinks.map(Vec::as_slice);
-        let work = Work { params, batch: &self.batch, cache, layer, qkv: qkv.values(), sinks, out };
+        let rows = 0..qkv.rows;
+        let (queries, query_stride, batch) = (qkv.values(), qkv.cols, &self.batch);
+        let work = Work { params, batch, cache, layer, rows, queries, query_stride, sinks, out };
         attention::run(self.attend, &work, &mut self.attention_scratch, &self.pool);
+        Ok(())
+    }
+
+    fn latent_rope_and_cache(
+        &mut self,
+        q: &mut CpuTensor,
+        kv: &mut CpuTensor,
+        cache: &mut CpuKvCache,
+        layer: usize,
+        params: &LatentParams,
+        rope: usize,
+        (weight, eps): (&Vec<f32>, f32),
+    ) -> Result<(), KernelError> {
+        const OP: &str = "latent_rope_and_cache";
+        let step_rows = self.batch.positions.len();
+        check(OP, "rows of q", step_rows, q.rows)?;
+        check(OP, "rows of kv", step_rows, kv.rows)?;
+        check(OP, "columns of q", params.num_heads * params.q_dim(), q.cols)?;
+        check(OP, "columns of kv", params.width(), kv.cols)?;
+        check(OP, "length of the norm", params.rank, weight.len())?;
+        params.check(OP, cache.spec(), layer)?;
+        self.check_places(OP, cache.spec())?;
+        let table = self.rope_table(OP, rope, params.rope_dim)?;
+        let (norm, slots, q_cols, kv_cols) = (self.norm, &self.batch.slots, q.cols, kv.cols);
+        let [q, kv] = [q, kv].map(|tensor| SendPtr(tensor.data.as_mut_ptr()));
+        let writer = cache.writer();
+        Self::for_rows(&self.pool, step_rows, q_cols + kv_cols, &|row| {
+            // SAFETY: the row lies in both, and each row is written by one task.
+            let (q, kv) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(q.get().add(row * q_cols), q_cols),
+                    std::slice::from_raw_parts_mut(kv.get().add(row * kv_cols), kv_cols),
+                )
+            };
+            for head in q.chunks_exact_mut(params.q_dim()) {
+                table.rotate(row, &mut head[params.nope_dim..]);
+            }
+            let (latent, rotated) = kv.split_at_mut(params.rank);
+            table.rotate(row, rotated);
+            // SAFETY: all are `[C]`; the variant was chosen for this machine.
+            with_copy::<512>(latent, |source, latent| unsafe { norm(latent, source, weight, eps) });
+            // SAFETY: slot and layer were checked above; `begin_step` saw that no two rows share a slot.
+            unsafe { writer.store_latent(layer, slots[row] as usize, kv) };
+        });
+        Ok(())
+    }
+
+    fn latent_attention(
+        &mut self,
+        out: &mut CpuTensor,
+        q: &CpuTensor,
+        cache: &CpuKvCache,
+        layer: usize,
+        params: &LatentParams,
+        heads: &LatentHeads<CpuLinear>,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "latent_attention";
+        check(OP, "rows of q", self.batch.positions.len(), q.rows)?;
+        check(OP, "columns of q", params.num_heads * params.q_dim(), q.cols)?;
+        params.check(OP, cache.spec(), layer)?;
+        self.check_places(OP, cache.spec())?;
+        let (CpuLinear::Dense(queries), CpuLinear::Dense(values)) = (&heads.queries, &heads.values) else {
+            let what = "a quantized matrix between heads and latent vectors".to_owned();
+            return Err(KernelError::Unsupported { op: OP, what, backend: "cpu" });
+        };
+        check(OP, "output features to queries", params.num_heads * params.rank, queries.rows())?;
+        check(OP, "input features to queries", params.nope_dim, queries.cols())?;
+        check(OP, "output features to values", params.num_heads * params.v_dim, values.rows())?;
+        check(OP, "input features to values", params.rank, values.cols())?;
+        out.resize(OP, q.rows, params.num_heads * params.v_dim)?;
+        let heads = LatentHeads { queries, values };
+        let out = SendPtr(out.data.as_mut_ptr());
+        let work = LatentWork { params, batch: &self.batch, cache, layer, heads, q: q.values(), out };
+        attention::run_latent(self.attend, self.product, &work, &mut self.latent_scratch, &self.pool);
         Ok(())
     }
 

@@ -21,7 +21,7 @@ mod silu_mul;
 mod tasks;
 mod weight_buf;
 
-pub use attention::CpuKvCache;
+pub use attention::{CpuKvCache, latent_workspace_bytes};
 pub use backend::{CpuBackend, CpuConfig, CpuLinear, CpuTensor, packed_bytes, workspace_bytes};
 pub use experts::{CpuExpertScratch, CpuExperts, expert_bytes};
 pub use isa::Isa;

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::math::{exp2_8, max8, sum8};
-use super::blocked::{self, BF16, F16, F32, INT8, Product, Scales, Softened, Tiles, step_bytes};
+use super::blocked::{self, BF16, Dots, F16, F32, INT8, Product, Scales, Softened, Tiles, step_bytes};
 use super::{Partial, RANGE, Span};
 
 /// See [`blocked::range`].
@@ -37,6 +37,24 @@ impl Tiles for Avx2 {
                 (1, _) => tile_of::<ELEMENT, 1, 2>(product),
                 (2, _) => tile_of::<ELEMENT, 2, 2>(product),
                 _ => tile_of::<ELEMENT, 3, 2>(product),
+            }
+        }
+    }
+
+    const DOT_POSITIONS: usize = 2;
+    /// Twelve sums, two vectors of the right side, and one of the left.
+    const MAX_DOT_ROWS: usize = 6;
+
+    unsafe fn dots<const ELEMENT: u8>(rows: usize, dots: &Dots) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe {
+            match rows {
+                1 => dots_of::<ELEMENT, 1>(dots),
+                2 => dots_of::<ELEMENT, 2>(dots),
+                3 => dots_of::<ELEMENT, 3>(dots),
+                4 => dots_of::<ELEMENT, 4>(dots),
+                5 => dots_of::<ELEMENT, 5>(dots),
+                _ => dots_of::<ELEMENT, 6>(dots),
             }
         }
     }
@@ -85,6 +103,39 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
                 let to = out.add(i * out_stride + g * 16);
                 _mm256_storeu_ps(to, sums[0]);
                 _mm256_storeu_ps(to.add(8), sums[1]);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`Tiles::dots`], with `ROWS` rows.
+#[inline(never)] // as above
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
+    let Dots { a, a_stride, b, groups, group_bytes, ahead, out, out_stride } = *dots;
+    // SAFETY: the caller's promise: each group of two positions and of row `i < ROWS` exists, and two outputs of each row. A prefetch
+    // reads nothing.
+    unsafe {
+        let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
+        for g in 0..groups {
+            let at = b.add(g * group_bytes);
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead).cast());
+            if ELEMENT == F32 {
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + 64).cast());
+            }
+            let [first, second] = [load16::<ELEMENT>(at), load16::<ELEMENT>(at.add(step_bytes(ELEMENT, 1)))];
+            for half in 0..2 {
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let a = _mm256_loadu_ps(a.add(i * a_stride + g * 16 + half * 8));
+                    sums[0] = _mm256_fmadd_ps(a, first[half], sums[0]);
+                    sums[1] = _mm256_fmadd_ps(a, second[half], sums[1]);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (p, sum) in sums.iter().enumerate() {
+                out.add(i * out_stride + p).write(sum8(*sum));
             }
         }
     }

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::math::exp2_16;
-use super::blocked::{self, BF16, F16, F32, INT8, Product, Scales, Softened, Tiles, step_bytes};
+use super::blocked::{self, BF16, Dots, F16, F32, INT8, Product, Scales, Softened, Tiles, step_bytes};
 use super::{Partial, RANGE, Span};
 
 /// See [`blocked::range`].
@@ -62,6 +62,24 @@ impl Tiles for Avx512 {
         }
     }
 
+    const DOT_POSITIONS: usize = 4;
+    /// 24 sums, four vectors of the right side, and one of the left.
+    const MAX_DOT_ROWS: usize = 6;
+
+    unsafe fn dots<const ELEMENT: u8>(rows: usize, dots: &Dots) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe {
+            match rows {
+                1 => dots_of::<ELEMENT, 1>(dots),
+                2 => dots_of::<ELEMENT, 2>(dots),
+                3 => dots_of::<ELEMENT, 3>(dots),
+                4 => dots_of::<ELEMENT, 4>(dots),
+                5 => dots_of::<ELEMENT, 5>(dots),
+                _ => dots_of::<ELEMENT, 6>(dots),
+            }
+        }
+    }
+
     unsafe fn soften(scores: &mut [f32; RANGE], seen: Range<usize>, scales: &Scales<'_>) -> Softened {
         // SAFETY: the caller's promise, passed on.
         unsafe { soften(scores, seen, scales) }
@@ -105,6 +123,41 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
         for (i, sums) in sums.iter().enumerate() {
             for (g, sum) in sums.iter().enumerate() {
                 _mm512_storeu_ps(out.add(i * out_stride + g * 16), *sum);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`Tiles::dots`], with `ROWS` rows.
+#[inline(never)] // as above
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
+    let Dots { a, a_stride, b, groups, group_bytes, ahead, out, out_stride } = *dots;
+    // SAFETY: the caller's promise: each group of four positions and of row `i < ROWS` exists, and four outputs of each row. A prefetch
+    // reads nothing.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 4]; ROWS];
+        for g in 0..groups {
+            let at = b.add(g * group_bytes);
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead).cast());
+            // Four positions of f32 are as many cache lines, of halves two.
+            if ELEMENT == F32 {
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + 64).cast());
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + 192).cast());
+            }
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + step_bytes(ELEMENT, 2).cast_signed()).cast());
+            let b = [0, 1, 2, 3].map(|p| load16::<ELEMENT>(at.add(step_bytes(ELEMENT, p))));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let a = _mm512_loadu_ps(a.add(i * a_stride + g * 16));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = _mm512_fmadd_ps(a, b, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (p, sum) in sums.iter().enumerate() {
+                out.add(i * out_stride + p).write(_mm512_reduce_add_ps(*sum));
             }
         }
     }

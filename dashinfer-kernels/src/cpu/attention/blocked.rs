@@ -53,6 +53,24 @@ pub(super) struct Product<'a> {
     pub(super) add: bool,
 }
 
+/// `out[m, p] = Σ_g Σ_j a[m, 16 g + j] · b[g][p][j]` for neighbouring positions `p`: keys that are stored as values are. Each sum goes
+/// through the groups in their order, and is the same in every tile.
+pub(super) struct Dots {
+    /// Rows of `16 · groups` values, `a_stride` apart.
+    pub(super) a: *const f32,
+    pub(super) a_stride: usize,
+    /// The first group of the first position; those of the next position stand behind it.
+    pub(super) b: *const u8,
+    pub(super) groups: usize,
+    /// Bytes between groups.
+    pub(super) group_bytes: usize,
+    /// Where, counted from what is read, there is something that will be read soon.
+    pub(super) ahead: isize,
+    /// Rows of [`Tiles::DOT_POSITIONS`] values, `out_stride` apart.
+    pub(super) out: *mut f32,
+    pub(super) out_stride: usize,
+}
+
 /// A range's scales of keys and values; of a type without, the slices are empty.
 #[derive(Clone, Copy)]
 pub(super) struct Scales<'a> {
@@ -82,6 +100,17 @@ pub(super) trait Tiles {
     /// The machine has the instruction set; `rows` is 1 to `MAX_ROWS`, or `MAX_ROWS_OF_TWO` if `groups` is 2, and the operands
     /// are those that [`Product`] says.
     unsafe fn product<const ELEMENT: u8>(rows: usize, groups: usize, product: &Product<'_>);
+
+    /// Positions of a tile of dots, a divisor of 16.
+    const DOT_POSITIONS: usize;
+    /// Rows of the largest one.
+    const MAX_DOT_ROWS: usize;
+
+    /// One register tile of dots.
+    ///
+    /// # Safety
+    /// The machine has the instruction set; `rows` is 1 to `MAX_DOT_ROWS`, and the operands are those that [`Dots`] says.
+    unsafe fn dots<const ELEMENT: u8>(rows: usize, dots: &Dots);
 
     /// Turns the scores `seen` of a query into weights for its values. What else is in the vectors that hold them becomes zero.
     ///
@@ -116,7 +145,7 @@ unsafe fn range_of<T: Tiles, const KEY: u8, const VALUE: u8>(
     partial: &mut Partial<'_>,
 ) {
     let rows = span.unit.rows.clone();
-    let group = span.work.group();
+    let group = span.unit.heads.len();
     let queries = partial.num_queries();
     scratch.resize(queries * RANGE + 3 * RANGE, 0.0);
     let (scales, scores) = scratch.split_at_mut(3 * RANGE);
@@ -128,7 +157,12 @@ unsafe fn range_of<T: Tiles, const KEY: u8, const VALUE: u8>(
     let any = first.start..last.end;
     let scales = read_scales(span, any.clone(), scales);
     // SAFETY: positions up to `any.end` have blocks; the scores are those of all queries.
-    unsafe { score_keys::<T, KEY>(span, any, scores) };
+    unsafe {
+        match span.work.cache.key_side() {
+            Side::Keys => score_keys::<T, KEY>(span, any, scores),
+            Side::Values => score_values::<T, VALUE>(span, any, scores),
+        }
+    }
     let cap = span.work.soft_cap();
     let softened = if cap.is_some() { Scales { keys: &[], ..scales } } else { scales };
     for (query, scores) in scores.iter_mut().enumerate() {
@@ -260,6 +294,47 @@ unsafe fn score_keys<T: Tiles, const KEY: u8>(span: &Span<'_>, seen: Range<usize
     }
 }
 
+/// [`score_keys`], where the keys are what is stored as values.
+///
+/// # Safety
+/// As for [`score_keys`].
+unsafe fn score_values<T: Tiles, const VALUE: u8>(span: &Span<'_>, seen: Range<usize>, scores: &mut [[f32; RANGE]]) {
+    let Span { work, unit, .. } = *span;
+    let (width, block_size) = (work.cache.width(), work.cache.spec().block_size);
+    let run = |block| work.cache.run(work.layer, Side::Values, block, unit.kv_head).codes;
+    let context_len = work.batch.sequences[unit.sequence].context_len;
+    for_blocks(span, seen, |block, offset, positions| {
+        let keys = run(block);
+        let next = span.start + positions.end;
+        let next = if next < context_len { run(work.place(unit, next).0) } else { keys };
+        let ahead = next.as_ptr().addr().wrapping_sub(keys.as_ptr().addr()).cast_signed();
+        // Tiles start at multiples of their positions, before what is seen if need be, and never cross a block.
+        let before = offset % T::DOT_POSITIONS;
+        for at in (0..before + positions.len()).step_by(T::DOT_POSITIONS) {
+            let b = keys[step_bytes(VALUE, offset - before + at)..].as_ptr();
+            for_tiles(0..scores.len(), T::MAX_DOT_ROWS, |query, rows| {
+                // SAFETY: all groups of the positions lie in the block's run, the queries exist, and so do their scores: positions
+                // of a range start at a multiple of 16, as those of a block do.
+                unsafe {
+                    let out = scores.as_mut_ptr().cast::<f32>().add(query * RANGE + positions.start - before + at);
+                    let dots = Dots {
+                        a: span.queries.as_ptr().add(query * width),
+                        a_stride: width,
+                        b,
+                        groups: width / GROUP,
+                        group_bytes: step_bytes(VALUE, block_size),
+                        // The first rows fetch for all.
+                        ahead: if query == 0 { ahead } else { 0 },
+                        out,
+                        out_stride: RANGE,
+                    };
+                    T::dots::<VALUE>(rows, &dots);
+                }
+            });
+        }
+    });
+}
+
 /// `out[q, :] += Σ_j scores[q, j] · value[j]`, without the values' scales, over the positions `seen` of the range, in their order.
 ///
 /// # Safety
@@ -275,7 +350,7 @@ unsafe fn add_values<T: Tiles, const VALUE: u8>(
         return;
     }
     let Span { work, unit, .. } = *span;
-    let (width, block_size) = (work.cache.width(), work.cache.spec().block_size);
+    let (width, block_size) = (work.cache.value_width(), work.cache.spec().block_size);
     let group_bytes = step_bytes(VALUE, block_size);
     let nothing = Segment { b: [std::ptr::null(); 2], steps: 0, ahead: 0 };
     // A block has at least 16 positions; the first and the last may be seen in part.
@@ -334,7 +409,7 @@ fn ahead(span: &Span<'_>, position: usize, values: &[u8]) -> isize {
         return 0;
     }
     let (block, _) = work.place(unit, next);
-    let keys = work.cache.run(work.layer, Side::Keys, block, unit.kv_head).codes;
+    let keys = work.cache.run(work.layer, work.cache.key_side(), block, unit.kv_head).codes;
     keys.as_ptr().addr().wrapping_sub(values.as_ptr().addr()).cast_signed()
 }
 

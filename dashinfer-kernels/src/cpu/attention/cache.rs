@@ -6,7 +6,8 @@
 //! - keys are `[B / 16][D][16]`: one step over features multiplies with 16 positions;
 //! - values are `[D / 16][B][16]`: one step over positions multiplies with 16 features.
 //!
-//! So each is read from its start to its end. `D` is padded with zeros to whole groups; quantized types have the scales of the
+//! So each is read from its start to its end. A cache of latent vectors, which are keys and values at once, has the latter alone, and
+//! scores are sums over the 16 of a group, too. `D` is padded with zeros to whole groups; quantized types have the scales of the
 //! `B` tokens behind (and then, if there are any, the offsets).
 //!
 //! Within a group, bf16 has element `j` beside `j + 8`, and one shift or mask of eight words widens eight neighbours; so has
@@ -17,7 +18,8 @@ use half::{bf16, f16};
 
 use super::super::aligned::AlignedBuf;
 use super::{int8, uint4};
-use crate::{CacheLayout, CacheType, DType, Feature, KernelError, KvCacheSpec};
+use crate::error::check;
+use crate::{CacheLayout, CacheType, DType, KernelError, KvCacheSpec};
 
 /// Elements that are read together.
 pub(super) const GROUP: usize = 16;
@@ -26,7 +28,7 @@ pub(super) const GROUP: usize = 16;
 #[derive(Debug)]
 pub struct CpuKvCache {
     spec: KvCacheSpec,
-    /// `[L]` of `[num_blocks][K]` runs of keys, then as many of values.
+    /// `[L]` of `[num_blocks][K]` runs of keys, unless they are the values, then as many of values.
     data: AlignedBuf<u8>,
 }
 
@@ -72,13 +74,17 @@ impl CpuKvCache {
             let what = format!("a block of {} tokens (16, 32, 64 or 128 are)", spec.block_size);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
         }
-        if spec.layout != CacheLayout::KeysAndValues {
-            let what = Feature::LatentAttention.to_string();
-            return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
+        if let CacheLayout::Latent { rank } = spec.layout {
+            if spec.cache_type.scale_bytes() != 0 {
+                let what = format!("{} in a cache of latent vectors (f32, f16 and bf16 are)", spec.cache_type);
+                return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
+            }
+            check("kv_cache", "key/value heads of latent vectors", 1, spec.num_kv_heads)?;
+            check("kv_cache", "values of a latent vector, at most", rank.min(spec.head_dim), rank)?;
         }
         let mut bytes = 1_usize;
         // A head size that is too large for its bytes to be counted is also too large for the buffer.
-        let head_bytes = if spec.head_dim > 1 << 32 { usize::MAX } else { spec.cache_type.head_bytes(spec.head_dim) };
+        let head_bytes = if spec.head_dim > 1 << 32 { usize::MAX } else { spec.head_bytes() };
         for factor in [spec.num_layers, spec.num_blocks, spec.block_size, spec.num_kv_heads, head_bytes] {
             bytes = bytes.saturating_mul(factor);
         }
@@ -96,11 +102,33 @@ impl CpuKvCache {
         self.spec.head_dim.next_multiple_of(GROUP)
     }
 
+    /// The size of a head's value.
+    pub(super) fn value_dim(&self) -> usize {
+        match self.spec.layout {
+            CacheLayout::KeysAndValues => self.spec.head_dim,
+            CacheLayout::Latent { rank } => rank,
+        }
+    }
+
+    /// The size of a head's value, padded to whole groups.
+    pub(super) fn value_width(&self) -> usize {
+        self.value_dim().next_multiple_of(GROUP)
+    }
+
+    /// Where keys stand: with values, if those are a part of them.
+    pub(super) fn key_side(&self) -> Side {
+        match self.spec.layout {
+            CacheLayout::KeysAndValues => Side::Keys,
+            CacheLayout::Latent { .. } => Side::Values,
+        }
+    }
+
     /// Where the run of one head in one block starts.
     fn start(&self, layer: usize, side: Side, block: usize, kv_head: usize) -> usize {
         let s = &self.spec;
         let runs = s.num_blocks * s.num_kv_heads;
-        let [keys, values] = [Side::Keys, Side::Values].map(|side| self.run_bytes(side));
+        let values = self.run_bytes(Side::Values);
+        let keys = if self.key_side() == Side::Keys { self.run_bytes(Side::Keys) } else { 0 };
         let run = block * s.num_kv_heads + kv_head;
         let in_layer = if side == Side::Keys { run * keys } else { runs * keys + run * values };
         layer * runs * (keys + values) + in_layer
@@ -206,6 +234,17 @@ impl CacheWriter<'_> {
         }
     }
 
+    /// Stores one token's latent vector and what is rotated behind it, rounded to the cache's type.
+    ///
+    /// # Safety
+    /// The cache is one of latent vectors; layer and slot exist, `values` is `[C + R]`, and no other thread stores to this slot.
+    pub(crate) unsafe fn store_latent(&self, layer: usize, slot: usize, values: &[f32]) {
+        let (block, offset) = (slot / self.cache.spec.block_size, slot % self.cache.spec.block_size);
+        let start = self.cache.start(layer, Side::Values, block, 0);
+        // SAFETY: the run of this block lies in the buffer; the caller has the slot to itself.
+        unsafe { self.store_side(self.start.get().add(start), Side::Values, offset, values) };
+    }
+
     /// # Safety
     /// `run` is where that of `side` starts in some block, `values` is `[D]`, and no other thread stores to this token of it.
     unsafe fn store_side(&self, run: *mut u8, side: Side, offset: usize, values: &[f32]) {
@@ -256,7 +295,6 @@ impl CacheWriter<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::CacheLayout;
     use crate::cpu::math::tests::noise;
     use proptest::prelude::*;
 

@@ -16,6 +16,7 @@ mod avx512;
 mod blocked;
 mod cache;
 mod int8;
+mod latent;
 mod partial;
 mod scalar;
 mod uint4;
@@ -23,12 +24,14 @@ mod uint4;
 use std::ops::Range;
 
 pub use cache::CpuKvCache;
+pub use latent::latent_workspace_bytes;
+pub(super) use latent::{LatentScratch, LatentWork, run_latent};
 use partial::Partial;
 
 use super::isa::{Isa, Variant, choose};
 pub(super) use super::linear::SendPtr;
 use super::pool::ThreadPool;
-use crate::{AttentionParams, CacheType, PagedBatch};
+use crate::{AttentionParams, CacheLayout, CacheType, PagedBatch, SequenceRows};
 
 /// Positions whose scores are computed, softened and multiplied with values before the next: few enough that their keys and
 /// values stay in the L2 cache, many enough that the sums of a range stay in registers for long.
@@ -42,11 +45,18 @@ const QUERIES_PER_UNIT: usize = 48;
 const UNITS_PER_THREAD: usize = 4;
 const TASKS_PER_THREAD: usize = 8;
 
-/// Rows of one sequence and the query heads of one key/value head.
+/// The most heads of a unit over latent vectors, which all heads share.
+const MOST_SHARING_HEADS: usize = 32;
+/// The least, however many threads there are: what is read of the cache is to be used some times.
+const LEAST_SHARING_HEADS: usize = 4;
+
+/// Rows of one sequence and query heads of one key/value head.
 #[derive(Debug, Clone)]
 pub(crate) struct Unit {
     sequence: usize,
     kv_head: usize,
+    /// All that share the key/value head; of latent vectors, some.
+    heads: Range<usize>,
     rows: Range<usize>,
     /// The ranges that any of the rows sees, by number.
     ranges: Range<usize>,
@@ -67,11 +77,14 @@ pub(crate) struct Work<'a> {
     pub(crate) batch: &'a PagedBatch,
     pub(crate) cache: &'a CpuKvCache,
     pub(crate) layer: usize,
-    /// `[T, (H + 2 K) · D]`
-    pub(crate) qkv: &'a [f32],
+    /// The rows of the batch that are computed, which are those of `queries` and `out`.
+    pub(crate) rows: Range<usize>,
+    /// Rows that start with `H · D` values, `query_stride` apart.
+    pub(crate) queries: &'a [f32],
+    pub(crate) query_stride: usize,
     /// `[H]`: the score of a position without a value that every row sees, if there is one.
     pub(crate) sinks: Option<&'a [f32]>,
-    /// `[T, H · D]`
+    /// `[rows, H · D]`, with `D` as values have it
     pub(crate) out: SendPtr<f32>,
 }
 
@@ -82,13 +95,12 @@ impl Work<'_> {
     }
 
     fn num_queries(&self, unit: &Unit) -> usize {
-        unit.rows.len() * self.group()
+        unit.rows.len() * unit.heads.len()
     }
 
     fn query(&self, row: usize, head: usize) -> &[f32] {
         let d = self.params.head_dim;
-        let stride = (self.params.num_heads + 2 * self.params.num_kv_heads) * d;
-        &self.qkv[row * stride + head * d..][..d]
+        &self.queries[(row - self.rows.start) * self.query_stride + head * d..][..d]
     }
 
     /// The cap on scores in units of which they are exponents of two.
@@ -112,11 +124,11 @@ impl Work<'_> {
 
     /// The queries of a unit, padded with zeros to `[Q, width]`, in units of which scores are exponents of two.
     fn scaled_queries(&self, unit: &Unit, to: &mut Vec<f32>) {
-        let (group, width) = (self.group(), self.cache.width());
+        let width = self.cache.width();
         let scale = self.params.scale * std::f32::consts::LOG2_E;
         to.clear();
         for row in unit.rows.clone() {
-            for head in unit.kv_head * group..(unit.kv_head + 1) * group {
+            for head in unit.heads.clone() {
                 to.extend(self.query(row, head).iter().map(|x| x * scale));
                 to.resize(to.len().next_multiple_of(width), 0.0);
             }
@@ -128,17 +140,17 @@ impl Work<'_> {
     /// # Safety
     /// The unit lies within the work, `sum` holds its queries, and no other thread writes these heads of these rows.
     unsafe fn store(&self, unit: &Unit, sum: &mut Partial<'_>) {
-        let (group, d) = (self.group(), self.params.head_dim);
+        let (num_heads, d) = (unit.heads.len(), self.cache.value_dim());
         for (i, row) in unit.rows.clone().enumerate() {
-            for j in 0..group {
-                let sink = self.sinks.map(|sinks| sinks[unit.kv_head * group + j] * std::f32::consts::LOG2_E);
-                let value = &mut sum.mean(i * group + j, sink)[..d];
+            for (j, head) in unit.heads.clone().enumerate() {
+                let sink = self.sinks.map(|sinks| sinks[head] * std::f32::consts::LOG2_E);
+                let value = &mut sum.mean(i * num_heads + j, sink)[..d];
                 if self.cache.spec().cache_type == CacheType::Uint4 {
                     uint4::rotate(value);
                 }
                 // SAFETY: the place lies in `out`; the caller vouches for exclusive access.
                 unsafe {
-                    let to = self.out.get().add((row * self.params.num_heads + unit.kv_head * group + j) * d);
+                    let to = self.out.get().add(((row - self.rows.start) * self.params.num_heads + head) * d);
                     to.copy_from_nonoverlapping(value.as_ptr(), d);
                 }
             }
@@ -207,12 +219,12 @@ struct WorkerScratch {
 /// The caller has checked shapes, slots and block tables.
 pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratch, pool: &ThreadPool) {
     let Scratch { units, tasks, partials, per_worker } = scratch;
-    plan_units(work, units);
+    plan_units(work, units, pool.num_threads());
     per_worker.resize_with(pool.num_threads(), WorkerScratch::default);
     let per_worker = SendPtr(per_worker.as_mut_ptr());
     // SAFETY: no two tasks run as the same worker at once, and there is an element for each worker.
     let scratch_of = |worker: usize| unsafe { &mut *per_worker.get().add(worker) };
-    let width = work.cache.width();
+    let width = work.cache.value_width();
     let longest = units.iter().map(|unit| unit.ranges.len()).max().unwrap_or(0);
     if longest <= 1 || pool.num_threads() == 1 || units.len() >= UNITS_PER_THREAD * pool.num_threads() {
         let units = &*units;
@@ -273,21 +285,39 @@ pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratc
     }
 }
 
-fn plan_units(work: &Work<'_>, units: &mut Vec<Unit>) {
-    let rows_per_unit = (QUERIES_PER_UNIT / work.group()).max(1);
+/// Heads of a unit: those of a key/value head; of latent vectors, fewer where there would be too few units, even cut, for the threads.
+fn heads_per_unit(work: &Work<'_>, num_threads: usize) -> usize {
+    let group = work.group();
+    if work.cache.spec().layout == CacheLayout::KeysAndValues {
+        return group;
+    }
+    let ranges = |sequence: &SequenceRows| sequence.num_rows * sequence.context_len.div_ceil(RANGE);
+    let ranges: usize = work.batch.sequences.iter().map(ranges).sum();
+    let parts = (UNITS_PER_THREAD * num_threads).div_ceil(ranges.max(1)).min(group.div_ceil(LEAST_SHARING_HEADS));
+    group.div_ceil(parts.max(group.div_ceil(MOST_SHARING_HEADS)))
+}
+
+fn plan_units(work: &Work<'_>, units: &mut Vec<Unit>, num_threads: usize) {
+    let (group, heads_per_unit) = (work.group(), heads_per_unit(work, num_threads));
+    let rows_per_unit = (QUERIES_PER_UNIT / heads_per_unit).max(1);
     units.clear();
     for (index, sequence) in work.batch.sequences.iter().enumerate() {
-        let end = sequence.first_row + sequence.num_rows;
-        for first in (sequence.first_row..end).step_by(rows_per_unit) {
+        let start = sequence.first_row.max(work.rows.start);
+        let end = (sequence.first_row + sequence.num_rows).min(work.rows.end);
+        for first in (start..end).step_by(rows_per_unit) {
             let rows = first..end.min(first + rows_per_unit);
             // Rows see positions that only move up, so the first row's start and the last row's end bound them all.
             let (start, end) = (work.visible(index, first).start, work.visible(index, rows.end - 1).end);
-            units.extend((0..work.params.num_kv_heads).map(|kv_head| Unit {
-                sequence: index,
-                kv_head,
-                rows: rows.clone(),
-                ranges: start / RANGE..end.div_ceil(RANGE),
-            }));
+            for kv_head in 0..work.params.num_kv_heads {
+                let heads = kv_head * group..(kv_head + 1) * group;
+                units.extend(heads.clone().step_by(heads_per_unit).map(|first| Unit {
+                    sequence: index,
+                    kv_head,
+                    heads: first..heads.end.min(first + heads_per_unit),
+                    rows: rows.clone(),
+                    ranges: start / RANGE..end.div_ceil(RANGE),
+                }));
+            }
         }
     }
 }
@@ -297,7 +327,7 @@ fn plan_tasks(work: &Work<'_>, units: &[Unit], ranges_per_task: usize, tasks: &m
     let mut partial = 0;
     tasks.clear();
     for (index, unit) in units.iter().enumerate() {
-        let len = Partial::len(work.num_queries(unit), work.cache.width());
+        let len = Partial::len(work.num_queries(unit), work.cache.value_width());
         for first in unit.ranges.clone().step_by(ranges_per_task) {
             let ranges = first..unit.ranges.end.min(first + ranges_per_task);
             let used = ranges.len() * len;
@@ -311,10 +341,10 @@ fn plan_tasks(work: &Work<'_>, units: &[Unit], ranges_per_task: usize, tasks: &m
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::KvCacheSpec;
     use crate::cpu::isa::supported;
     use crate::cpu::math::tests::noise;
     use crate::cpu::pool::PoolConfig;
-    use crate::{CacheLayout, KvCacheSpec, SequenceRows};
     use proptest::prelude::*;
     use std::num::NonZeroUsize;
 
@@ -383,7 +413,17 @@ mod tests {
         fn run_batch(&self, batch: &PagedBatch, qkv: &[f32], variant: AttentionRange, pool: &ThreadPool) -> Vec<f32> {
             let mut out = vec![f32::NAN; batch.positions.len() * self.params.num_heads * self.params.head_dim];
             let (sinks, out_ptr) = (self.sinks.as_deref(), SendPtr(out.as_mut_ptr()));
-            let work = Work { params: &self.params, batch, cache: &self.cache, layer: 1, qkv, sinks, out: out_ptr };
+            let work = Work {
+                params: &self.params,
+                batch,
+                cache: &self.cache,
+                layer: 1,
+                rows: 0..batch.positions.len(),
+                queries: qkv,
+                query_stride: (self.params.num_heads + 2 * self.params.num_kv_heads) * self.params.head_dim,
+                sinks,
+                out: out_ptr,
+            };
             run(variant, &work, &mut Scratch::default(), pool);
             out
         }

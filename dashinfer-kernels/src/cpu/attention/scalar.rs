@@ -7,15 +7,16 @@ use super::{Partial, Span};
 /// Sets `partial` to what the positions of a range give each query.
 pub(super) fn range(span: &Span<'_>, _scratch: &mut Vec<f32>, partial: &mut Partial<'_>) {
     let Span { work, unit, start, queries } = *span;
-    let width = work.cache.width();
+    let (width, value_width) = (work.cache.width(), work.cache.value_width());
+    let (keys, values) = (work.cache.key_side(), Side::Values);
     partial.clear();
     for (query, q) in queries.chunks_exact(width).enumerate() {
-        let seen = span.seen(unit.rows.start + query / work.group());
+        let seen = span.seen(unit.rows.start + query / unit.heads.len());
         let cached = |side, i, position| {
             let (block, offset) = work.place(unit, start + position);
             work.cache.value(work.layer, side, block, unit.kv_head, i, offset)
         };
-        let score = |position| (0..work.params.head_dim).map(|i| q[i] * cached(Side::Keys, i, position)).sum::<f32>();
+        let score = |position| (0..work.params.head_dim).map(|i| q[i] * cached(keys, i, position)).sum::<f32>();
         let mut weights: Vec<f32> = seen.clone().map(score).collect();
         if let Some(cap) = work.soft_cap() {
             soft_cap(&mut weights, cap);
@@ -24,10 +25,10 @@ pub(super) fn range(span: &Span<'_>, _scratch: &mut Vec<f32>, partial: &mut Part
         weights.iter_mut().for_each(|weight| *weight = (*weight - max).exp2());
         partial.max[query] = max;
         partial.sum[query] = weights.iter().sum();
-        let out = &mut partial.out[query * width..][..work.params.head_dim];
+        let out = &mut partial.out[query * value_width..][..work.cache.value_dim()];
         for (weight, position) in weights.iter().zip(seen) {
             for (i, out) in out.iter_mut().enumerate() {
-                *out += weight * cached(Side::Values, i, position);
+                *out += weight * cached(values, i, position);
             }
         }
     }

@@ -33,6 +33,14 @@ pub(crate) struct Job<'a> {
     weight: &'a PackedMatrix,
 }
 
+impl<'a> Job<'a> {
+    /// `x`: `[T, K]`; `weight`: `[N, K]`.
+    pub(crate) fn new(x: &'a [f32], weight: &'a PackedMatrix) -> Self {
+        debug_assert!(x.len().is_multiple_of(weight.cols().max(1)), "whole rows");
+        Self { x, weight }
+    }
+}
+
 /// Where a product goes: `[T, N]`, written by several threads, each its own columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Output {
