@@ -60,13 +60,6 @@ impl HfConfig {
     /// The facts that all families have in common: those of Llama without its biases. Every layer sees the whole context.
     pub(crate) fn llama_like(&self) -> Result<ModelSpec, ConfigError> {
         let config = self.object();
-        if config.get("quantization_config").is_some() {
-            return Err(ConfigError::Unsupported {
-                field: "quantization_config".into(),
-                found: self.quantization_method(),
-                supported: "weights in f32, f16 or bf16".into(),
-            });
-        }
         let hidden_size = config.required_count("hidden_size")?;
         let num_heads = config.required_count("num_attention_heads")?;
         let head_dim = match config.count("head_dim")? {
@@ -77,6 +70,36 @@ impl HfConfig {
                 return Err(ConfigError::value("num_attention_heads", wanted, num_heads));
             }
         };
+        let attention = Attention::Grouped(GroupedAttention {
+            num_heads,
+            num_kv_heads: config.count("num_key_value_heads")?.unwrap_or(num_heads),
+            head_dim,
+            qkv_bias: false,
+            out_bias: false,
+            qk_norm: false,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            soft_cap: None,
+            sinks: false,
+        });
+        self.decoder(attention, head_dim, RopePairs::Halves)
+    }
+
+    /// The facts of [`llama_like`](Self::llama_like) with another attention, of which `rotary_dim` values of a head are rotated.
+    pub(crate) fn decoder(
+        &self,
+        attention: Attention,
+        rotary_dim: usize,
+        pairs: RopePairs,
+    ) -> Result<ModelSpec, ConfigError> {
+        let config = self.object();
+        if config.get("quantization_config").is_some() {
+            return Err(ConfigError::Unsupported {
+                field: "quantization_config".into(),
+                found: self.quantization_method(),
+                supported: "weights in f32, f16 or bf16".into(),
+            });
+        }
+        let hidden_size = config.required_count("hidden_size")?;
         let activation = activation(config, "hidden_act")?.unwrap_or_default();
         let max_positions = config.required_count("max_position_embeddings")?;
         let num_layers = config.required_count("num_hidden_layers")?;
@@ -93,22 +116,13 @@ impl HfConfig {
             post_norms: false,
             embedding_scale: 1.0,
             logit_soft_cap: None,
-            attention: Attention::Grouped(GroupedAttention {
-                num_heads,
-                num_kv_heads: config.count("num_key_value_heads")?.unwrap_or(num_heads),
-                head_dim,
-                qkv_bias: false,
-                out_bias: false,
-                qk_norm: false,
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                soft_cap: None,
-                sinks: false,
-            }),
+            attention,
             mlp: Mlp { size: config.required_count("intermediate_size")?, bias: false, activation },
             experts: None,
-            ropes: vec![RopeSpec::from_config(config, head_dim, max_positions, RopePairs::Halves)?],
+            ropes: vec![RopeSpec::from_config(config, rotary_dim, max_positions, pairs)?],
             layers: vec![LayerSpec { window: None, rope: 0, experts: false }; num_layers],
             tied_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
+            extra_layers: 0,
             names: TensorNames::LLAMA,
         })
     }
@@ -168,7 +182,8 @@ pub(crate) mod tests {
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256,
             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "bfloat16",
             "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40
+            "shared_expert_intermediate_size": 40,
+            "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12
         });
         for (key, value) in changes.as_object().unwrap() {
             config[key] = value.clone();
@@ -337,6 +352,14 @@ pub(crate) mod tests {
                 "max_window_layers",
                 "attention_bias",
                 "mlp_bias",
+                "q_lora_rank",
+                "kv_lora_rank",
+                "qk_nope_head_dim",
+                "qk_rope_head_dim",
+                "v_head_dim",
+                "first_k_dense_replace",
+                "moe_layer_freq",
+                "num_nextn_predict_layers",
                 "tie_word_embeddings",
                 "quantization_config",
             ][..],

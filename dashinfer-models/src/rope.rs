@@ -226,12 +226,32 @@ fn yarn_attention_factor(rope: Object<'_>, factor: f64) -> Result<f64, ConfigErr
     if let Some(given) = rope.number("attention_factor")? {
         return Ok(given);
     }
-    let for_scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+    let for_scale = |mscale| yarn_scale(factor, mscale);
     let given = |key| rope.number(key).map(|value| value.filter(|value| *value != 0.0));
     Ok(match (given("mscale")?, given("mscale_all_dim")?) {
         (Some(mscale), Some(all_dim)) => for_scale(mscale) / for_scale(all_dim),
         _ => for_scale(1.0),
     })
+}
+
+/// The factor on the scores of DeepSeek's attention, which with `mscale_all_dim` is not on cosine and sine: some of what is compared is not
+/// rotated. <https://huggingface.co/deepseek-ai/DeepSeek-V2/blob/main/modeling_deepseek.py>
+pub(crate) fn deepseek_score_factor(config: Object<'_>, scaling: &RopeScaling) -> Result<f64, ConfigError> {
+    let (RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. }) =
+        scaling
+    else {
+        return Ok(1.0);
+    };
+    let rope = match config.object("rope_scaling")? {
+        Some(scaling) => Some(scaling),
+        None => config.object("rope_parameters")?,
+    };
+    let all_dim = rope.map(|rope| rope.number("mscale_all_dim")).transpose()?.flatten();
+    Ok(all_dim.filter(|all_dim| *all_dim != 0.0).map_or(1.0, |all_dim| yarn_scale(*factor, all_dim).powi(2)))
+}
+
+fn yarn_scale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 /// `freq` kept by the share `keep`, divided by `factor` for the rest.

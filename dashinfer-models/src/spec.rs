@@ -57,6 +57,8 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// Whether the embedding is the output matrix too.
     pub tied_embeddings: bool,
+    /// Layers behind the last that checkpoints may hold and that nobody needs: those that predict tokens further ahead (DeepSeek-V3).
+    pub extra_layers: usize,
     /// What checkpoints call the parameters.
     pub names: TensorNames,
 }
@@ -260,6 +262,13 @@ impl ModelSpec {
         let needed = needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature));
         let activations = [Some(self.mlp.activation), self.experts.map(|experts| experts.activation)];
         needed.chain(activations.into_iter().flatten().filter_map(Activation::feature)).collect()
+    }
+
+    /// Whether tensor `name` is one of the [extra layers](Self::extra_layers).
+    pub(crate) fn is_extra(&self, name: &str) -> bool {
+        let rest = name.strip_prefix(self.names.layers).and_then(|rest| rest.strip_prefix('.'));
+        let number = rest.and_then(|rest| rest.split_once('.')).and_then(|(number, _)| number.parse::<usize>().ok());
+        number.is_some_and(|number| number >= self.num_layers() && number - self.num_layers() < self.extra_layers)
     }
 
     /// Whether this describes a model at all. What passes can be multiplied together without overflow.

@@ -7,7 +7,10 @@ use common::{
     reference::Reference,
     sequences::{BLOCK_SIZE, Runner, Wanted},
 };
-use dashinfer_kernels::{Backend, CacheType, KernelError, PagedBatch, SampleParams, SampleRow, SequenceRows};
+use dashinfer_kernels::{
+    Backend, CacheType, KernelError, PagedBatch, SampleParams, SampleRow, SequenceRows,
+    cpu::{CpuBackend, CpuConfig},
+};
 use dashinfer_models::{
     Decoder, ForwardBatch, ForwardError, HfConfig, ModelSpec, Quantization, RandomWeights, StepLimits,
 };
@@ -17,12 +20,15 @@ const VOCAB: u32 = 50;
 
 /// Small models of every family, with and without windows.
 fn any_spec() -> impl Strategy<Value = ModelSpec> {
-    let family = prop::sample::select(&["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe"][..]);
+    let families =
+        &["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3"];
+    let family = prop::sample::select(&families[..]);
     let shape = (1usize..4, 1usize..4, 1usize..4, prop::sample::select(&[2usize, 6, 16][..]), 1usize..40, 1usize..40);
     (family, shape, any::<bool>(), prop::option::of(1usize..9)).prop_map(|(family, shape, flag, window)| {
         let (layers, kv_heads, group, head_dim, hidden, mlp) = shape;
         let window = window.map_or("null".into(), |window| window.to_string());
         let heads = kv_heads * group;
+        let q_rank = if flag { "null".into() } else { hidden.to_string() };
         let config = format!(
             r#"{{"architectures": ["{family}ForCausalLM"], "hidden_size": {hidden}, "intermediate_size": {mlp},
                 "num_hidden_layers": {layers}, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
@@ -30,7 +36,9 @@ fn any_spec() -> impl Strategy<Value = ModelSpec> {
                 "tie_word_embeddings": {flag}, "attention_bias": {flag}, "mlp_bias": {flag},
                 "use_sliding_window": true, "max_window_layers": 1, "sliding_window": {window},
                 "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": {mlp},
-                "shared_expert_intermediate_size": 7, "decoder_sparse_step": {group}}}"#
+                "shared_expert_intermediate_size": 7, "decoder_sparse_step": {group},
+                "q_lora_rank": {q_rank}, "kv_lora_rank": {mlp}, "qk_nope_head_dim": {group},
+                "qk_rope_head_dim": {head_dim}, "v_head_dim": {layers}}}"#
         );
         HfConfig::parse(&config).unwrap().to_spec().unwrap()
     })
@@ -148,4 +156,32 @@ fn logits_can_be_sampled() {
 fn a_decoder_can_move_between_threads() {
     fn check<T: Send>() {}
     check::<Decoder<Reference>>();
+}
+
+/// Latent attention by its definition, and with its matrices applied to queries and outputs in place of keys and values.
+#[test]
+fn latent_attention_is_the_same_on_the_cpu() {
+    for (family, q_rank) in [("V2", "null"), ("V3", "24")] {
+        let config = format!(
+            r#"{{"architectures": ["Deepseek{family}ForCausalLM"], "hidden_size": 48, "intermediate_size": 40,
+                "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": {VOCAB}, "max_position_embeddings": 64,
+                "q_lora_rank": {q_rank}, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6,
+                "v_head_dim": 10, "attention_bias": true}}"#
+        );
+        let spec = HfConfig::parse(&config).unwrap().to_spec().unwrap();
+        let limits = StepLimits { max_tokens: 64, max_logit_rows: 64 };
+        let ids: Vec<u32> = (0..40).map(|i| i * 7 % VOCAB).collect();
+        let wanted = Runner::new(&mut load(&spec, limits), 1).step(&[(0, &ids)], Wanted::All);
+        let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
+        let mut source = RandomWeights::new(&spec, 11);
+        let mut decoder = Decoder::load(backend, spec, &mut source, limits, Quantization::NONE, &mut |_| ()).unwrap();
+        let mut runner = Runner::new(&mut decoder, 1);
+        let found = ids.chunks(13).flat_map(|ids| runner.step(&[(0, ids)], Wanted::All));
+        let largest = wanted.concat().iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        for (row, (found, wanted)) in found.zip(&wanted).enumerate() {
+            for (found, wanted) in found.iter().zip(wanted) {
+                assert!((found - wanted).abs() <= 1e-4 * largest, "{family}, row {row}: {found}, wanted {wanted}");
+            }
+        }
+    }
 }

@@ -235,12 +235,12 @@ fn a_config_of_no_model() {
     check(
         "architectures",
         json!(["LlamaForCausaLM"]),
-        "architecture LlamaForCausaLM is not supported; known are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        "architecture LlamaForCausaLM is not supported; known are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
     );
     check(
         "architectures",
         json!(null),
-        "architectures: wanted one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, found nothing",
+        "architectures: wanted one of DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, found nothing",
     );
     check(
         "rope_scaling",

@@ -1,5 +1,6 @@
 //! The families, as data: what sets each one apart from plain Llama.
 
+mod deepseek;
 mod experts;
 mod llama;
 mod qwen;
@@ -11,6 +12,8 @@ pub type ToSpec = fn(&HfConfig) -> Result<ModelSpec, ConfigError>;
 
 /// Every decoder family, by the `architectures` entry of its `config.json`.
 pub static FAMILIES: &[(&str, ToSpec)] = &[
+    ("DeepseekV2ForCausalLM", deepseek::deepseek_v2),
+    ("DeepseekV3ForCausalLM", deepseek::deepseek_v3),
     ("LlamaForCausalLM", llama::llama),
     ("MistralForCausalLM", llama::mistral),
     ("Qwen2ForCausalLM", qwen::qwen2),

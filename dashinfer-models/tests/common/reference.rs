@@ -5,8 +5,9 @@
 use std::collections::VecDeque;
 
 use dashinfer_kernels::{
-    Activation, AttentionParams, Backend, DType, Feature, GroupScore, Issue, KernelError, KvCacheSpec, MatrixView,
-    PagedBatch, QkNorm, Rope, RopePairs, Routing, SampleRow, Sampled, Scheme, Scoring, StepRows, TensorUse, to_f32,
+    Activation, AttentionParams, Backend, DType, Feature, GroupScore, Issue, KernelError, KvCacheSpec, LatentHeads,
+    LatentParams, MatrixView, PagedBatch, QkNorm, Rope, RopePairs, Routing, SampleRow, Sampled, Scheme, Scoring,
+    StepRows, TensorUse, to_f32,
 };
 
 #[derive(Debug, Default)]
@@ -304,6 +305,93 @@ impl Backend for Reference {
             }
         }
         out.set("attention", rows.iter())
+    }
+
+    fn latent_rope_and_cache(
+        &mut self,
+        q: &mut Tensor,
+        kv: &mut Tensor,
+        cache: &mut Cache,
+        layer: usize,
+        params: &LatentParams,
+        rope: usize,
+        (norm, eps): (&Vec<f32>, f32),
+    ) -> Result<(), KernelError> {
+        let q_dim = params.nope_dim + params.rope_dim;
+        check("latent_rope_and_cache", "columns of q", params.num_heads * q_dim, q.cols)?;
+        check("latent_rope_and_cache", "columns of kv", params.rank + params.rope_dim, kv.cols)?;
+        check("latent_rope_and_cache", "rows", self.batch.positions.len() * kv.cols, kv.data.len())?;
+        for (row, kv) in kv.data.chunks_exact(kv.cols).enumerate() {
+            let (position, rope) = (self.batch.positions[row], &self.ropes[rope]);
+            for head in q.data[row * q.cols..][..q.cols].chunks_exact_mut(q_dim) {
+                rotate(&mut head[params.nope_dim..], rope, position);
+            }
+            let (latent, rotated) = kv.split_at(params.rank);
+            let mut rotated = rotated.to_vec();
+            rotate(&mut rotated, rope, position);
+            cache.layers[layer][self.batch.slots[row] as usize] = Some((rotated, normed(latent, norm, eps)));
+        }
+        Ok(())
+    }
+
+    /// With the keys and values of each head made of the latent vectors, as the paper defines it.
+    fn latent_attention(
+        &mut self,
+        out: &mut Tensor,
+        q: &Tensor,
+        cache: &Cache,
+        layer: usize,
+        params: &LatentParams,
+        heads: &LatentHeads<Matrix>,
+    ) -> Result<(), KernelError> {
+        let LatentParams { num_heads, rank, nope_dim, v_dim, scale, .. } = *params;
+        check("latent_attention", "rows to queries", num_heads * rank, heads.queries.rows)?;
+        check("latent_attention", "columns to queries", nope_dim, heads.queries.cols)?;
+        check("latent_attention", "rows to values", num_heads * v_dim, heads.values.rows)?;
+        check("latent_attention", "columns to values", rank, heads.values.cols)?;
+        let mut rows = Vec::new();
+        for sequence in &self.batch.sequences {
+            let blocks = &self.batch.block_table[sequence.first_block..][..sequence.num_blocks];
+            let cached = |position: usize| {
+                let slot =
+                    blocks[position / cache.block_size] as usize * cache.block_size + position % cache.block_size;
+                cache.layers[layer][slot].as_ref().expect("every position of the context was written")
+            };
+            // `[head][position]`: keys without their rotated part, and values.
+            let made: Vec<Vec<Slot>> = (0..num_heads)
+                .map(|head| {
+                    let to_key = &heads.queries.data[head * rank * nope_dim..][..rank * nope_dim];
+                    let to_value = &heads.values.data[head * v_dim * rank..][..v_dim * rank];
+                    let make = |position: usize| {
+                        let latent = &cached(position).1;
+                        let mut key = vec![0.0; nope_dim];
+                        for (row, c) in to_key.chunks_exact(nope_dim).zip(latent) {
+                            key.iter_mut().zip(row).for_each(|(key, w)| *key += w * c);
+                        }
+                        (key, to_value.chunks_exact(rank).map(|row| dot(row, latent)).collect())
+                    };
+                    (0..sequence.context_len).map(make).collect()
+                })
+                .collect();
+            for i in 0..sequence.num_rows {
+                let position = sequence.context_len - sequence.num_rows + i;
+                let mut row = vec![0.0; num_heads * v_dim];
+                let q = q.row(sequence.first_row + i).chunks_exact(nope_dim + params.rope_dim);
+                for ((q, made), out) in q.zip(&made).zip(row.chunks_exact_mut(v_dim)) {
+                    let (plain, rotated) = q.split_at(nope_dim);
+                    let score = |p: usize| scale * (dot(plain, &made[p].0) + dot(rotated, &cached(p).0));
+                    let scores: Vec<f32> = (0..=position).map(score).collect();
+                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let total: f32 = scores.iter().map(|score| (score - max).exp()).sum();
+                    for ((_, value), score) in made.iter().zip(&scores) {
+                        let share = (score - max).exp() / total;
+                        out.iter_mut().zip(value).for_each(|(out, v)| *out += share * v);
+                    }
+                }
+                rows.push(row);
+            }
+        }
+        out.set("latent_attention", rows.iter())
     }
 
     fn gate(&mut self, out: &mut Tensor, x: &Tensor, activation: Activation) -> Result<(), KernelError> {

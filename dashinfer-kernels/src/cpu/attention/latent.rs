@@ -430,9 +430,10 @@ mod tests {
     fn a_row_has_the_same_bits_alone_and_in_a_chunk() {
         const LEN: usize = 530;
         for isa in isas() {
-            for (params, cache_type) in
-                [(params(5, 20, 12, 6, 10), CacheType::F32), (params(34, 32, 8, 4, 16), CacheType::BF16)]
-            {
+            let cases = [(params(5, 20, 12, 6, 10), CacheType::F32), (params(34, 32, 8, 4, 16), CacheType::BF16)];
+            // The definition takes its time.
+            let cases = &cases[..if isa == Isa::Scalar { 1 } else { 2 }];
+            for &(params, cache_type) in cases {
                 let case = Case::new(params, DType::BF16, LEN, 4);
                 let mut one = backend(isa, 1);
                 let heads = case.pack(&one);
