@@ -37,7 +37,7 @@ impl MemoryEstimate {
         packed_bytes: &PackedBytes<'_>,
     ) -> Result<Self, WeightsError> {
         let plan = Plan::new(spec);
-        prove(&plan, source)?;
+        prove(&plan, &spec.names, source)?;
         let mut sum = Sum { source, quantization, packed_bytes, bytes: 0 };
         plan.fill(&mut sum)?;
         Ok(Self {

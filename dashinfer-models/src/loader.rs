@@ -5,7 +5,8 @@ use std::{borrow::Cow, collections::HashSet};
 use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, to_f32};
 
 use crate::{
-    CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
+    CacheFault, LoadError, ModelSpec, Quantization, StoredType, TensorNames, WeightCache, WeightSource, WeightsError,
+    WeightsFrom,
     weight_cache::{StoredWeights, Writer},
     weights::{Fill, LinearPlan, Plan, StoredHeads, VectorPlan, Weights},
 };
@@ -41,7 +42,7 @@ pub(crate) fn load<B: Backend>(
     on_progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, LoadError> {
     let plan = Plan::new(spec);
-    let progress = prove(&plan, source)?;
+    let progress = prove(&plan, &spec.names, source)?;
     let Some(file) = cache.and_then(|cache| cache.file(backend, &plan, source, quantization)) else {
         let mut loader = Loader { backend, source, quantization, writer: None, progress, on_progress };
         return Ok((plan.fill(&mut loader)?, WeightsFrom::Source));
@@ -88,7 +89,7 @@ fn packed_shape(source: &dyn WeightSource, plan: &LinearPlan, quantization: Quan
 
 /// The proof: every parameter has a tensor of its shape and of a type that we read, and every tensor is used or may be
 /// ignored. Returns what there is to load.
-pub(crate) fn prove(plan: &Plan, source: &dyn WeightSource) -> Result<LoadProgress, WeightsError> {
+pub(crate) fn prove(plan: &Plan, names: &TensorNames, source: &dyn WeightSource) -> Result<LoadProgress, WeightsError> {
     let wanted = plan.tensors();
     let mut missing = Vec::new();
     let mut bytes_total = 0;
@@ -110,7 +111,7 @@ pub(crate) fn prove(plan: &Plan, source: &dyn WeightSource) -> Result<LoadProgre
         }
     }
     let used: HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
-    let left = source.names().into_iter().filter(|name| !used.contains(name) && !plan.ignores(name));
+    let left = source.names().into_iter().filter(|name| !used.contains(name) && !plan.ignores(names, name));
     let mut left: Vec<&str> = left.collect();
     left.sort_unstable();
     if let [first, rest @ ..] = &left[..] {

@@ -1,26 +1,98 @@
 //! The families, as data: what sets each one apart from plain Llama.
 
+mod examples;
+mod gemma;
 mod llama;
 mod qwen;
+mod windows;
 
 use crate::{ConfigError, HfConfig, ModelSpec};
 
 /// Reads a family's config.
 pub type ToSpec = fn(&HfConfig) -> Result<ModelSpec, ConfigError>;
 
-/// Every decoder family, by the `architectures` entry of its `config.json`.
-pub static FAMILIES: &[(&str, ToSpec)] = &[
-    ("LlamaForCausalLM", llama::llama),
-    ("MistralForCausalLM", llama::mistral),
-    ("Qwen2ForCausalLM", qwen::qwen2),
-    ("Qwen3ForCausalLM", qwen::qwen3),
+/// A kind of model: how to tell it, and how its config is read.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Family {
+    /// The entry of `architectures` in `config.json`.
+    pub architecture: &'static str,
+    /// What people call it.
+    pub name: &'static str,
+    /// A published model of it.
+    pub example: Example,
+    /// Reads its config.
+    pub to_spec: ToSpec,
+}
+
+/// A published model.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Example {
+    /// Its name on the hub.
+    pub model: &'static str,
+    /// What its `config.json` says about its shape.
+    pub config: &'static str,
+}
+
+/// Every decoder family. `docs/models.md` is made of it.
+pub static FAMILIES: &[Family] = &[
+    family("LlamaForCausalLM", "Llama 2 and 3", examples::LLAMA, llama::llama),
+    family("MistralForCausalLM", "Mistral", examples::MISTRAL, llama::mistral),
+    family("Qwen2ForCausalLM", "Qwen2, Qwen2.5", examples::QWEN2, qwen::qwen2),
+    family("Qwen3ForCausalLM", "Qwen3", examples::QWEN3, qwen::qwen3),
+    family("Gemma2ForCausalLM", "Gemma 2", examples::GEMMA2, gemma::gemma2),
+    family("Gemma3ForCausalLM", "Gemma 3", examples::GEMMA3, gemma::gemma3),
+    family("Gemma3ForConditionalGeneration", "Gemma 3, text only", examples::GEMMA3_TEXT, gemma::gemma3_with_images),
 ];
 
+const fn family(architecture: &'static str, name: &'static str, example: Example, to_spec: ToSpec) -> Family {
+    Family { architecture, name, example, to_spec }
+}
+
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use serde_json::{Value, json};
 
-    use crate::{GroupedAttention, config::tests::config};
+    use super::FAMILIES;
+    use crate::{Attention, GroupedAttention, HfConfig, ModelSpec, config::tests::config};
+
+    /// The example of a family, with `changes` put over it.
+    pub(crate) fn example(architecture: &str, changes: Value) -> HfConfig {
+        let family = FAMILIES.iter().find(|family| family.architecture == architecture).unwrap();
+        let changes = changes.as_object().unwrap().iter();
+        let config = HfConfig::parse(family.example.config).unwrap().with("architectures", json!([architecture]));
+        changes.fold(config, |config, (key, value)| config.with(key, value.clone()))
+    }
+
+    /// What becomes of [`example`].
+    pub(crate) fn spec_of(architecture: &str, changes: Value) -> ModelSpec {
+        example(architecture, changes).to_spec().unwrap()
+    }
+
+    /// The attention of a family that has grouped queries.
+    pub(crate) fn attention_of(spec: &ModelSpec) -> GroupedAttention {
+        let Attention::Grouped(attention) = spec.attention else { panic!("not of grouped queries") };
+        attention
+    }
+
+    #[test]
+    fn examples_have_as_many_parameters_as_was_published() {
+        let sizes: Vec<_> = FAMILIES
+            .iter()
+            .map(|family| (family.example.model, spec_of(family.architecture, json!({})).num_parameters()))
+            .collect();
+        let wanted = [
+            ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
+            ("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552),
+            ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+            ("Qwen/Qwen3-8B", 8_190_735_360),
+            ("google/gemma-2-9b-it", 9_241_705_984),
+            ("google/gemma-3-1b-it", 999_885_952),
+            ("google/gemma-3-4b-it", 3_880_263_168), // without what sees images
+        ];
+        assert_eq!(sizes, wanted);
+    }
 
     /// The window of each layer.
     pub(super) fn windows(architecture: &str, changes: Value) -> Vec<Option<usize>> {
@@ -84,7 +156,7 @@ pub(super) mod tests {
         let sliding = ["sliding_attention"; 4];
         assert_eq!(
             error(json!({"layer_types": sliding, "sliding_window": 8})),
-            "layer_types: wanted use_sliding_window and a sliding_window beside a sliding_attention layer, found none"
+            "layer_types: wanted a sliding_window in use beside a sliding_attention layer, found none"
         );
     }
 }

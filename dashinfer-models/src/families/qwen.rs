@@ -1,5 +1,6 @@
 //! Qwen2, Qwen2.5 and Qwen3.
 
+use super::windows;
 use crate::{ConfigError, HfConfig, ModelSpec, json::Object};
 
 /// Llama with biases on q, k and v, and a window on some layers. Qwen2 and Qwen2.5. <https://arxiv.org/abs/2407.10671>
@@ -26,33 +27,11 @@ pub(super) fn qwen3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
 fn set_qwen_windows(spec: &mut ModelSpec, config: Object<'_>) -> Result<(), ConfigError> {
     let in_use = config.flag("use_sliding_window")?.unwrap_or(false);
     let window = if in_use { config.count("sliding_window")? } else { None };
-    let Some(types) = config.texts("layer_types")? else {
+    if !windows::set_by_name(spec, config, window)? {
         let first = config.count("max_window_layers")?.unwrap_or(28); // the reference's default
         for layer in spec.layers.iter_mut().skip(first) {
             layer.window = window;
         }
-        return Ok(());
-    };
-    if types.len() != spec.layers.len() {
-        let wanted = format!("one entry for each of {} layers", spec.layers.len());
-        return Err(ConfigError::value("layer_types", wanted, types.len()));
-    }
-    for (layer, kind) in spec.layers.iter_mut().zip(types) {
-        layer.window = match kind {
-            "full_attention" => None,
-            "sliding_attention" if window.is_some() => window,
-            "sliding_attention" => {
-                let wanted = "use_sliding_window and a sliding_window beside a sliding_attention layer";
-                return Err(ConfigError::value("layer_types", wanted, "none"));
-            }
-            other => {
-                return Err(ConfigError::Unsupported {
-                    field: "layer_types".into(),
-                    found: other.into(),
-                    supported: "full_attention, sliding_attention".into(),
-                });
-            }
-        };
     }
     Ok(())
 }

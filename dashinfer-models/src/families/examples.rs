@@ -1,0 +1,54 @@
+//! The shapes of published models, one for each family: what the hub's `config.json` says, less what has no part in the arithmetic.
+
+use super::Example;
+
+pub(super) const LLAMA: Example = Example {
+    model: "meta-llama/Llama-3.1-8B-Instruct",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const MISTRAL: Example = Example {
+    model: "mistralai/Mistral-7B-Instruct-v0.3",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32768, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "sliding_window": null, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const QWEN2: Example = Example {
+    model: "Qwen/Qwen2.5-7B-Instruct",
+    config: r#"{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "use_sliding_window": false, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const QWEN3: Example = Example {
+    model: "Qwen/Qwen3-8B",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "use_sliding_window": false, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const GEMMA2: Example = Example {
+    model: "google/gemma-2-9b-it",
+    config: r#"{"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+        "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const GEMMA3: Example = Example {
+    model: "google/gemma-3-1b-it",
+    config: r#"{"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": null,
+        "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const GEMMA3_TEXT: Example = Example {
+    model: "google/gemma-3-4b-it",
+    config: r#"{"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024}, "torch_dtype": "bfloat16"}"#,
+};
