@@ -147,6 +147,12 @@ impl ModelSpec {
         HfConfig::read(folder)?.to_spec()
     }
 
+    /// Lowers the longest context to `tokens`, if it is longer. With LongRoPE that may decide for other frequencies, as
+    /// [`RopeScaling::Long`](crate::RopeScaling::Long) says: so before the model is loaded, not while it is in use.
+    pub fn limit_context(&mut self, tokens: usize) {
+        self.max_positions = self.max_positions.min(tokens);
+    }
+
     /// Layers, `L`.
     #[must_use]
     pub fn num_layers(&self) -> usize {

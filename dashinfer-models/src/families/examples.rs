@@ -52,3 +52,26 @@ pub(super) const GEMMA3_TEXT: Example = Example {
     config: r#"{"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 1024}, "torch_dtype": "bfloat16"}"#,
 };
+
+pub(super) const GLM: Example = Example {
+    model: "THUDM/glm-4-9b-chat-hf",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32,
+        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151552, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1.5625e-07, "rope_theta": 5000000.0, "attention_bias": true, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const GLM4: Example = Example {
+    model: "THUDM/GLM-4-9B-0414",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32,
+        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151552, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "attention_bias": true,
+        "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const PHI3: Example = Example {
+    model: "microsoft/phi-4",
+    config: r#"{"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40,
+        "num_key_value_heads": 10, "vocab_size": 100352, "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384, "rms_norm_eps": 1e-05, "rope_theta": 250000, "rope_scaling": null,
+        "sliding_window": null, "torch_dtype": "bfloat16"}"#,
+};

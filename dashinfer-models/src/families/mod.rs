@@ -2,7 +2,9 @@
 
 mod examples;
 mod gemma;
+mod glm;
 mod llama;
+mod phi;
 mod qwen;
 mod windows;
 
@@ -44,6 +46,9 @@ pub static FAMILIES: &[Family] = &[
     family("Gemma2ForCausalLM", "Gemma 2", examples::GEMMA2, gemma::gemma2),
     family("Gemma3ForCausalLM", "Gemma 3", examples::GEMMA3, gemma::gemma3),
     family("Gemma3ForConditionalGeneration", "Gemma 3, text only", examples::GEMMA3_TEXT, gemma::gemma3_with_images),
+    family("GlmForCausalLM", "GLM-4", examples::GLM, glm::glm),
+    family("Glm4ForCausalLM", "GLM-4-0414", examples::GLM4, glm::glm4),
+    family("Phi3ForCausalLM", "Phi-3, Phi-4", examples::PHI3, phi::phi3),
 ];
 
 const fn family(architecture: &'static str, name: &'static str, example: Example, to_spec: ToSpec) -> Family {
@@ -90,6 +95,9 @@ pub(crate) mod tests {
             ("google/gemma-2-9b-it", 9_241_705_984),
             ("google/gemma-3-1b-it", 999_885_952),
             ("google/gemma-3-4b-it", 3_880_263_168), // without what sees images
+            ("THUDM/glm-4-9b-chat-hf", 9_399_951_360),
+            ("THUDM/GLM-4-9B-0414", 9_400_279_040),
+            ("microsoft/phi-4", 14_659_507_200),
         ];
         assert_eq!(sizes, wanted);
     }
