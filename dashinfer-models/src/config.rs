@@ -148,6 +148,7 @@ impl HfConfig {
             ropes: vec![RopeSpec::of_heads(config, head_dim, keys.rotated, max_positions, keys.pairs)?],
             layers: vec![LayerSpec { window: None, rope: 0 }; num_layers],
             tied_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
+            unit_head: false,
             names: TensorNames::LLAMA,
         })
     }

@@ -53,6 +53,8 @@ pub struct ModelSpec {
     pub layers: Vec<LayerSpec>,
     /// Whether the embedding is the output matrix too.
     pub tied_embeddings: bool,
+    /// Whether each row of the output matrix is divided by its length when it is loaded (Baichuan 2).
+    pub unit_head: bool,
     /// What checkpoints call the parameters.
     pub names: TensorNames,
 }
@@ -241,6 +243,10 @@ impl ModelSpec {
         }
         positive("the factor on the embedding", self.embedding_scale)?;
         positive("final_logit_softcapping", self.logit_soft_cap.unwrap_or(1.0))?;
+        if self.unit_head && self.tied_embeddings {
+            let wanted = "false, as rows of the output matrix are normalized";
+            return Err(ConfigError::value("tie_word_embeddings", wanted, true));
+        }
         for rope in &self.ropes {
             rope.check(rotated_of)?;
         }

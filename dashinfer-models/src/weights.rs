@@ -97,6 +97,8 @@ pub(crate) struct LinearPlan {
     pub(crate) cols: usize,
     pub(crate) bias: bool,
     pub(crate) role: Role,
+    /// Whether each row is divided by its length.
+    pub(crate) unit_rows: bool,
 }
 
 /// What a matrix is for, which decides how it is quantized.
@@ -187,6 +189,7 @@ impl Plan {
             cols: hidden,
             bias: false,
             role: Role::Vocabulary,
+            unit_rows: false,
         };
         let norm =
             |module: &str| VectorPlan { name: format!("{module}.weight"), len: hidden, offset: spec.norm_offset };
@@ -194,7 +197,7 @@ impl Plan {
             embed: vocab(names.embed),
             layers: (0..spec.num_layers()).map(|layer| LayerNames { spec, layer }.plan()).collect(),
             norm: norm(names.norm),
-            head: (!spec.tied_embeddings).then(|| vocab(names.head)),
+            head: (!spec.tied_embeddings).then(|| LinearPlan { unit_rows: spec.unit_head, ..vocab(names.head) }),
         }
     }
 
@@ -317,6 +320,7 @@ impl LayerNames<'_> {
             cols,
             bias: false,
             role: Role::Latent,
+            unit_rows: false,
         };
         LatentWeights {
             queries: match q_rank {
@@ -354,7 +358,7 @@ impl LayerNames<'_> {
                 parts.map(|(module, rows)| Part { module: self.name(module), rows: *rows }).collect()
             }
         };
-        LinearPlan { parts, cols, bias, role: Role::Layer }
+        LinearPlan { parts, cols, bias, role: Role::Layer, unit_rows: false }
     }
 }
 
@@ -450,8 +454,9 @@ mod tests {
     fn a_plan_holds_as_many_parameters_as_its_spec_says() {
         for family in crate::FAMILIES {
             for tied in [false, true] {
-                let changes = json!({"tie_word_embeddings": tied, "attention_bias": true, "mlp_bias": true});
-                let spec = example(family.architecture, changes).to_spec().unwrap();
+                let changes = json!({"attention_bias": true, "mlp_bias": true});
+                let mut spec = example(family.architecture, changes).to_spec().unwrap();
+                spec.tied_embeddings = tied;
                 let tensors = Plan::new(&spec).tensors();
                 let total: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
                 assert_eq!(total as u64, spec.num_parameters(), "{}", family.architecture);

@@ -75,3 +75,43 @@ pub(super) const PHI3: Example = Example {
         "original_max_position_embeddings": 16384, "rms_norm_eps": 1e-05, "rope_theta": 250000, "rope_scaling": null,
         "sliding_window": null, "torch_dtype": "bfloat16"}"#,
 };
+
+pub(super) const QWEN: Example = Example {
+    model: "Qwen/Qwen-7B-Chat",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "kv_channels": 128, "vocab_size": 151936, "seq_length": 8192, "max_position_embeddings": 32768,
+        "layer_norm_epsilon": 1e-06, "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": true, "no_bias": true,
+        "use_dynamic_ntk": true, "use_logn_attn": true, "tie_word_embeddings": false, "bf16": true}"#,
+};
+
+pub(super) const BAICHUAN: Example = Example {
+    model: "baichuan-inc/Baichuan-7B",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 64000, "max_position_embeddings": 4096, "model_max_length": 4096, "rms_norm_eps": 1e-06,
+        "hidden_act": "silu", "torch_dtype": "float16"}"#,
+};
+
+pub(super) const BAICHUAN2: Example = Example {
+    model: "baichuan-inc/Baichuan2-7B-Chat",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 125696, "max_position_embeddings": 4096, "model_max_length": 4096, "rms_norm_eps": 1e-06,
+        "hidden_act": "silu", "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const CHATGLM3: Example = Example {
+    model: "THUDM/chatglm3-6b",
+    config: r#"{"hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28, "num_attention_heads": 32, "kv_channels": 128,
+        "multi_query_attention": true, "multi_query_group_num": 2, "padded_vocab_size": 65024, "seq_length": 8192,
+        "layernorm_epsilon": 1e-05, "rmsnorm": true, "post_layer_norm": true, "add_bias_linear": false, "add_qkv_bias": true,
+        "apply_residual_connection_post_layernorm": false, "original_rope": true, "quantization_bit": 0,
+        "pre_seq_len": null, "tie_word_embeddings": false, "torch_dtype": "float16"}"#,
+};
+
+pub(super) const CHATGLM4: Example = Example {
+    model: "THUDM/glm-4-9b-chat",
+    config: r#"{"hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 40, "num_attention_heads": 32, "kv_channels": 128,
+        "multi_query_attention": true, "multi_query_group_num": 2, "padded_vocab_size": 151552, "seq_length": 131072,
+        "layernorm_epsilon": 1.5625e-07, "rope_ratio": 500, "rmsnorm": true, "post_layer_norm": true,
+        "add_bias_linear": false, "add_qkv_bias": true, "apply_residual_connection_post_layernorm": false,
+        "original_rope": true, "tie_word_embeddings": false, "torch_dtype": "bfloat16"}"#,
+};

@@ -1,5 +1,7 @@
 //! The families, as data: what sets each one apart from plain Llama.
 
+mod baichuan;
+mod chatglm;
 mod examples;
 mod gemma;
 mod glm;
@@ -8,7 +10,7 @@ mod phi;
 mod qwen;
 mod windows;
 
-use crate::{ConfigError, HfConfig, ModelSpec};
+use crate::{ConfigError, HfConfig, ModelSpec, json::Object};
 
 /// Reads a family's config.
 pub type ToSpec = fn(&HfConfig) -> Result<ModelSpec, ConfigError>;
@@ -49,10 +51,28 @@ pub static FAMILIES: &[Family] = &[
     family("GlmForCausalLM", "GLM-4", examples::GLM, glm::glm),
     family("Glm4ForCausalLM", "GLM-4-0414", examples::GLM4, glm::glm4),
     family("Phi3ForCausalLM", "Phi-3, Phi-4", examples::PHI3, phi::phi3),
+    family("QWenLMHeadModel", "Qwen, first generation", examples::QWEN, qwen::qwen),
+    family("BaiChuanForCausalLM", "Baichuan, 7B", examples::BAICHUAN, baichuan::baichuan),
+    family("BaichuanForCausalLM", "Baichuan 2, 7B", examples::BAICHUAN2, baichuan::baichuan),
+    family("ChatGLMModel", "ChatGLM2, ChatGLM3", examples::CHATGLM3, chatglm::chatglm),
+    family("ChatGLMForConditionalGeneration", "GLM-4 in its first form", examples::CHATGLM4, chatglm::chatglm),
 ];
 
 const fn family(architecture: &'static str, name: &'static str, example: Example, to_spec: ToSpec) -> Family {
     Family { architecture, name, example, to_spec }
+}
+
+/// A value with a meaning, but one that is not implemented.
+fn unsupported(field: &str, found: impl std::fmt::Display, supported: &str) -> ConfigError {
+    ConfigError::Unsupported { field: field.into(), found: found.to_string(), supported: supported.into() }
+}
+
+/// Refuses a config that says other than `wanted` about `key`.
+fn only(config: Object<'_>, key: &str, wanted: bool) -> Result<(), ConfigError> {
+    match config.flag(key)? {
+        Some(found) if found != wanted => Err(unsupported(key, found, if wanted { "true" } else { "false" })),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -98,6 +118,11 @@ pub(crate) mod tests {
             ("THUDM/glm-4-9b-chat-hf", 9_399_951_360),
             ("THUDM/GLM-4-9B-0414", 9_400_279_040),
             ("microsoft/phi-4", 14_659_507_200),
+            ("Qwen/Qwen-7B-Chat", 7_721_324_544),
+            ("baichuan-inc/Baichuan-7B", 7_000_559_616),
+            ("baichuan-inc/Baichuan2-7B-Chat", 7_505_973_248),
+            ("THUDM/chatglm3-6b", 6_243_584_000),
+            ("THUDM/glm-4-9b-chat", 9_399_951_360),
         ];
         assert_eq!(sizes, wanted);
     }

@@ -2,6 +2,7 @@
 //! arithmetic they share, by other names, with matrices fused as they have them. The logits to expect are those of the case.
 
 mod gemma3_with_images;
+mod old_checkpoints;
 
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
@@ -60,6 +61,36 @@ impl Tensors {
         let tensors: BTreeMap<_, _> = self.0.into_iter().map(|(old, tensor)| (name(&old), tensor)).collect();
         assert_eq!(tensors.len(), number, "two tensors got one name");
         Self(tensors)
+    }
+
+    /// Stacks the weights, and the biases, of the modules `parts` of each layer into those of one module.
+    fn fuse(mut self, parts: &[&str], into: &str) -> Self {
+        for kind in ["weight", "bias"] {
+            for layer in 0.. {
+                let name = |module: &str| format!("model.layers.{layer}.{module}.{kind}");
+                let tensors: Vec<_> = parts.iter().filter_map(|part| self.0.remove(&name(part))).collect();
+                let Some(first) = tensors.first() else { break };
+                assert_eq!(tensors.len(), parts.len());
+                let mut info = first.info.clone();
+                info.shape[0] = tensors.iter().map(|tensor| tensor.info.shape[0]).sum();
+                assert!(tensors.iter().all(|tensor| tensor.info.dtype == info.dtype));
+                let bytes = tensors.into_iter().flat_map(|tensor| tensor.bytes).collect();
+                self.0.insert(name(into), Tensor { info, bytes });
+            }
+        }
+        self
+    }
+
+    /// Repeats each head of `head_dim` rows of some modules `times` times, which makes key/value heads of their own for query heads
+    /// that shared one.
+    fn repeat_heads(mut self, modules: &[&str], head_dim: usize, times: usize) -> Self {
+        let chosen = |name: &str| modules.iter().any(|module| name.contains(&format!(".{module}.")));
+        for (_, tensor) in self.0.iter_mut().filter(|(name, _)| chosen(name)) {
+            let head_bytes = tensor.bytes.len() / tensor.info.shape[0] * head_dim;
+            tensor.bytes = tensor.bytes.chunks_exact(head_bytes).flat_map(|head| head.repeat(times)).collect();
+            tensor.info.shape[0] *= times;
+        }
+        self
     }
 
     /// Adds an arbitrary tensor.
