@@ -86,13 +86,13 @@ impl Work {
         let (qkv, attention_pair) = attention_work(&spec.attention, hidden);
         let head = hidden * vocab;
         let only_gathered = if spec.tied_embeddings { 0.0 } else { head * element_bytes.vocabulary };
-        let mut behind = behind_attention(spec).map(|weights| out * hidden + weights);
-        let behind_last_attention = behind.next_back().unwrap_or(0.0);
+        let mut behind: Vec<f64> = behind_attention(spec).map(|weights| out * hidden + weights).collect();
+        let behind_last_attention = behind.pop().unwrap_or(0.0);
         let experts = ExpertWork::new(spec, element_bytes.layers);
         Self {
             layers: spec.num_layers() as f64,
             qkv,
-            behind_attention: behind.sum::<f64>() + behind_last_attention,
+            behind_attention: behind.iter().sum::<f64>() + behind_last_attention,
             behind_last_attention,
             head,
             attention_pair,

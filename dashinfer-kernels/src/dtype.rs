@@ -32,6 +32,16 @@ impl DType {
             Self::BF16 => "bf16",
         }
     }
+
+    /// The value of this type that is nearest to `x`; halfway between two, the even one.
+    #[must_use]
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Self::F32 => x,
+            Self::F16 => f16::from_f32(x).to_f32(),
+            Self::BF16 => bf16::from_f32(x).to_f32(),
+        }
+    }
 }
 
 impl std::fmt::Display for DType {

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use dashinfer_kernels::{Activation, DType, RopePairs};
+use dashinfer_kernels::{Activation, DType};
 use serde_json::{Map, Value};
 
 use crate::{
     Attention, ConfigError, FAMILIES, GroupedAttention, LayerSpec, Mlp, ModelSpec, RopeSpec, TensorNames,
+    dialect::Dialect,
     json::{self, Object},
 };
 
@@ -39,10 +40,10 @@ impl HfConfig {
     /// [`ConfigError::UnknownArchitecture`], [`ConfigError::Unsupported`] and [`ConfigError::Value`].
     pub fn to_spec(&self) -> Result<ModelSpec, ConfigError> {
         let name = self.architecture()?;
-        let Some((_, to_spec)) = FAMILIES.iter().find(|(known, _)| *known == name) else {
+        let Some(family) = FAMILIES.iter().find(|family| family.architecture == name) else {
             return Err(ConfigError::UnknownArchitecture { found: name.to_owned(), known: known_architectures() });
         };
-        let spec = to_spec(self)?;
+        let spec = (family.to_spec)(self)?;
         spec.check()?;
         Ok(spec)
     }
@@ -57,22 +58,61 @@ impl HfConfig {
         names.first().copied().ok_or_else(missing)
     }
 
+    /// This config with `defaults`, a JSON object, for the keys that are absent; those that are `null` stay so. For families whose
+    /// published configs leave out what the reference's class has by itself.
+    pub(crate) fn with_defaults(&self, defaults: Value) -> Self {
+        let Value::Object(mut map) = defaults else { unreachable!("families write an object") };
+        map.extend(self.map.clone());
+        Self { map }
+    }
+
+    /// The object at `key` as a config of its own, for families that put the decoder's into one of several models. The names of
+    /// architecture and type, if it has none, and the quantization stay those of the whole.
+    pub(crate) fn nested(&self, key: &str) -> Result<Self, ConfigError> {
+        if self.object().object(key)?.is_none() {
+            return Err(ConfigError::value(key, "an object", "nothing"));
+        }
+        let mut map = self.map[key].as_object().cloned().unwrap_or_default();
+        if let Some(names) = self.map.get("architectures") {
+            map.insert("architectures".to_owned(), names.clone());
+        }
+        for key in ["dtype", "torch_dtype", "quantization_config"] {
+            if let (false, Some(value)) = (map.contains_key(key), self.map.get(key)) {
+                map.insert(key.to_owned(), value.clone());
+            }
+        }
+        Ok(Self { map })
+    }
+
+    /// This config with another value for `key`.
+    pub(crate) fn with(&self, key: &str, value: Value) -> Self {
+        let mut map = self.map.clone();
+        map.insert(key.to_owned(), value);
+        Self { map }
+    }
+
     /// The facts that all families have in common: those of Llama without its biases. Every layer sees the whole context.
     pub(crate) fn llama_like(&self) -> Result<ModelSpec, ConfigError> {
+        self.llama_like_in(&Dialect::LLAMA)
+    }
+
+    /// [`llama_like`](Self::llama_like), in the words of a family.
+    pub(crate) fn llama_like_in(&self, keys: &Dialect) -> Result<ModelSpec, ConfigError> {
         let config = self.object();
-        let hidden_size = config.required_count("hidden_size")?;
-        let num_heads = config.required_count("num_attention_heads")?;
-        let head_dim = match config.count("head_dim")? {
+        let hidden_size = config.required_count(keys.hidden_size)?;
+        let num_heads = config.required_count(keys.num_heads)?;
+        let head_dim = match config.count(keys.head_dim)? {
             Some(head_dim) => head_dim,
             None if num_heads > 0 && hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
             None => {
-                let wanted = format!("a divisor of hidden_size {hidden_size}, as there is no head_dim");
-                return Err(ConfigError::value("num_attention_heads", wanted, num_heads));
+                let wanted =
+                    format!("a divisor of {} {hidden_size}, as there is no {}", keys.hidden_size, keys.head_dim);
+                return Err(ConfigError::value(keys.num_heads, wanted, num_heads));
             }
         };
         let attention = Attention::Grouped(GroupedAttention {
             num_heads,
-            num_kv_heads: config.count("num_key_value_heads")?.unwrap_or(num_heads),
+            num_kv_heads: config.count(keys.num_kv_heads)?.unwrap_or(num_heads),
             head_dim,
             qkv_bias: false,
             out_bias: false,
@@ -81,15 +121,17 @@ impl HfConfig {
             soft_cap: None,
             sinks: false,
         });
-        self.decoder(attention, head_dim, RopePairs::Halves)
+        let max_positions = config.required_count(keys.max_positions)?;
+        let rope = RopeSpec::of_heads(config, head_dim, keys.rotated, max_positions, keys.pairs)?;
+        self.decoder(keys, attention, rope)
     }
 
-    /// The facts of [`llama_like`](Self::llama_like) with another attention, of which `rotary_dim` values of a head are rotated.
+    /// The facts of [`llama_like`](Self::llama_like) with another attention and rotary embedding, in the words of a family.
     pub(crate) fn decoder(
         &self,
+        keys: &Dialect,
         attention: Attention,
-        rotary_dim: usize,
-        pairs: RopePairs,
+        rope: RopeSpec,
     ) -> Result<ModelSpec, ConfigError> {
         let config = self.object();
         if config.get("quantization_config").is_some() {
@@ -99,30 +141,31 @@ impl HfConfig {
                 supported: "weights in f32, f16 or bf16".into(),
             });
         }
-        let hidden_size = config.required_count("hidden_size")?;
-        let activation = activation(config, "hidden_act")?.unwrap_or_default();
-        let max_positions = config.required_count("max_position_embeddings")?;
-        let num_layers = config.required_count("num_hidden_layers")?;
+        let hidden_size = config.required_count(keys.hidden_size)?;
+        let activation = activation(config, keys.activation)?.unwrap_or_default();
+        let max_positions = config.required_count(keys.max_positions)?;
+        let num_layers = config.required_count(keys.num_layers)?;
         ModelSpec::check_num_layers(num_layers)?; // before anything is allocated by it
         Ok(ModelSpec {
             architecture: self.architecture()?.to_owned(),
             dtype: self.dtype()?,
-            vocab_size: config.required_count("vocab_size")?,
+            vocab_size: config.required_count(keys.vocab_size)?,
             hidden_size,
             max_positions,
             // The default of all four reference classes, as are 10000 for theta and untied embeddings.
-            norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            norm_eps: config.number(keys.norm_eps)?.unwrap_or(1e-6) as f32,
             norm_offset: 0.0,
             post_norms: false,
             embedding_scale: 1.0,
             logit_soft_cap: None,
             attention,
-            mlp: Mlp { size: config.required_count("intermediate_size")?, bias: false, activation },
+            mlp: Mlp { size: config.required_count(keys.intermediate_size)?, bias: false, activation },
             experts: None,
-            ropes: vec![RopeSpec::from_config(config, rotary_dim, max_positions, pairs)?],
+            ropes: vec![rope],
             layers: vec![LayerSpec { window: None, rope: 0, experts: false }; num_layers],
             tied_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
             extra_layers: 0,
+            unit_head: false,
             names: TensorNames::LLAMA,
         })
     }
@@ -165,7 +208,7 @@ pub(crate) fn activation(config: Object<'_>, key: &str) -> Result<Option<Activat
 }
 
 fn known_architectures() -> String {
-    FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+    FAMILIES.iter().map(|family| family.architecture).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -174,6 +217,7 @@ pub(crate) mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::families::tests::example;
 
     /// A small valid config of `architecture`, with `changes` put over it.
     pub(crate) fn config(architecture: &str, changes: Value) -> HfConfig {
@@ -373,10 +417,10 @@ pub(crate) mod tests {
             changes in prop::collection::vec((any_key(), nasty()), 1..5),
         ) {
             let changes = Value::Object(changes.into_iter().map(|(key, value)| (key.to_owned(), value)).collect());
-            if let Ok(spec) = config(FAMILIES[family].0, changes).to_spec() {
+            if let Ok(spec) = example(FAMILIES[family].architecture, changes).to_spec() {
                 prop_assert!(spec.check().is_ok());
                 for rope in &spec.ropes {
-                    let rope = rope.rope();
+                    let rope = rope.rope(spec.max_positions);
                     prop_assert!(rope.scale.is_finite() && rope.inv_freq.iter().all(|f| f.is_finite()), "{rope:?}");
                 }
             }

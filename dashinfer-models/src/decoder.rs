@@ -74,7 +74,7 @@ impl<B: Backend> Decoder<B> {
         }
         let (weights, weights_from) = loader::load(&backend, &spec, source, quantization, cache, on_progress)?;
         let activations = Activations::new(&backend, &spec, limits)?;
-        let ropes = spec.ropes.iter().map(|rope| rope.rope()).collect();
+        let ropes = spec.ropes.iter().map(|rope| rope.rope(spec.max_positions)).collect();
         Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0, weights_from })
     }
 

@@ -91,6 +91,11 @@ impl<'a> Object<'a> {
         self.typed(key, "a list of whole numbers", |value| value.as_array()?.iter().map(whole).collect())
     }
 
+    /// A list of numbers.
+    pub(crate) fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>, ConfigError> {
+        self.typed(key, "a list of numbers", |value| value.as_array()?.iter().map(Value::as_f64).collect())
+    }
+
     /// One token id, or a list of them.
     pub(crate) fn token_ids(&self, key: &str) -> Result<Option<Vec<u32>>, ConfigError> {
         let id = |value: &Value| u32::try_from(value.as_u64()?).ok();

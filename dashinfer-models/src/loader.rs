@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, collections::HashSet};
 
-use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, to_f32};
+use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, cpu::to_bytes, to_f32};
 
 use crate::{
     CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
@@ -110,8 +110,10 @@ pub(crate) fn prove(spec: &ModelSpec, plan: &Plan, source: &dyn WeightSource) ->
         }
     }
     let used: HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
-    let left =
-        source.names().into_iter().filter(|name| !used.contains(name) && !plan.ignores(name) && !spec.is_extra(name));
+    let left = source
+        .names()
+        .into_iter()
+        .filter(|name| !used.contains(name) && !plan.ignores(&spec.names, name) && !spec.is_extra(name));
     let mut left: Vec<&str> = left.collect();
     left.sort_unstable();
     if let [first, rest @ ..] = &left[..] {
@@ -191,6 +193,18 @@ impl Tensor<'_> {
         let bytes = self.to_f32().into_iter().flat_map(f32::to_le_bytes).collect();
         Self { bytes: Cow::Owned(bytes), dtype }
     }
+
+    /// Rows of `cols` values, each divided by its length and rounded to the type again, as the reference does. A row of zeros stays
+    /// what it is: the bound on its length is that of the reference.
+    fn with_unit_rows(self, cols: usize) -> Self {
+        const SHORTEST: f64 = 1e-12;
+        let mut values = self.to_f32();
+        for row in values.chunks_exact_mut(cols) {
+            let length = row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt().max(SHORTEST);
+            row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+        }
+        Self { bytes: Cow::Owned(to_bytes(&values, self.dtype)), dtype: self.dtype }
+    }
 }
 
 impl<B> Loader<'_, B> {
@@ -231,7 +245,12 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
             }
         }
         let dtype = common_type(tensors.iter().map(|tensor| tensor.dtype));
-        let tensors: Vec<_> = tensors.into_iter().map(|tensor| tensor.into_type(dtype)).collect();
+        let tensors = tensors.into_iter().map(|tensor| tensor.into_type(dtype));
+        let tensors: Vec<_> = if plan.unit_rows {
+            tensors.map(|tensor| tensor.with_unit_rows(plan.cols)).collect()
+        } else {
+            tensors.collect()
+        };
         let views: Vec<_> = plan
             .parts
             .iter()

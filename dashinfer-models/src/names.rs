@@ -38,6 +38,8 @@ pub struct TensorNames {
     pub norm: &'static str,
     /// The output matrix.
     pub head: &'static str,
+    /// What the names of tensors start with that are of no use to a decoder of text, such as an encoder of images.
+    pub ignored: &'static [&'static str],
 }
 
 /// The names of latent attention's modules, within a layer.
@@ -128,5 +130,6 @@ impl TensorNames {
         post_mlp_norm: "post_mlp_layernorm",
         norm: "model.norm",
         head: "lm_head",
+        ignored: &[],
     };
 }

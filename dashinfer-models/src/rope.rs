@@ -1,7 +1,8 @@
 //! Rotary position embeddings as configs describe them, and the frequencies that follow. <https://arxiv.org/abs/2104.09864>
 //!
-//! Every kind of scaling here is fixed once the config is known, so it goes into the frequencies. Those that look at the
-//! length of each sequence (`dynamic`, `longrope`) are refused by name.
+//! Every kind of scaling here is fixed once the config and the longest context are known, so it goes into the frequencies. What looks
+//! at the length of each sequence (`dynamic`) is refused by name; `longrope`, which does so too in the reference, is decided by
+//! the longest context ([`RopeScaling::Long`]).
 
 use std::f64::consts::TAU;
 
@@ -9,7 +10,7 @@ use dashinfer_kernels::{Rope, RopePairs};
 
 use crate::{ConfigError, json::Object};
 
-const SUPPORTED: &str = "default, linear, llama3, yarn";
+const SUPPORTED: &str = "default, linear, llama3, yarn, longrope";
 
 /// One rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,20 +63,68 @@ pub enum RopeScaling {
         /// Whether the ends of the ramp are rounded outward to whole dimensions.
         truncate: bool,
     },
+    /// Each frequency is divided by a factor of its own: one list for contexts up to the training context, one for longer ones.
+    /// <https://arxiv.org/abs/2402.13753>
+    ///
+    /// The reference looks at the length of each sequence, and computes all keys of a sequence again when it crosses the line.
+    /// Here the longest context that sequences may have decides for all of them, so that cached keys stay right: they get the
+    /// long factors if it is longer than the training context, and the short ones if not.
+    Long {
+        /// On contexts up to `original_max_positions`, one for each pair.
+        short_factors: Vec<f64>,
+        /// On longer ones.
+        long_factors: Vec<f64>,
+        /// On cosine and sine, whichever list is in use.
+        attention_factor: f64,
+        /// The training context, in tokens.
+        original_max_positions: f64,
+    },
 }
 
 impl RopeSpec {
-    /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (the hub).
+    /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (the hub), in a family that rotates all of
+    /// `rotary_dim` values.
     pub(crate) fn from_config(
         config: Object<'_>,
         rotary_dim: usize,
         max_positions: usize,
         pairs: RopePairs,
     ) -> Result<Self, ConfigError> {
-        let parameters = match config.object("rope_scaling")? {
-            Some(scaling) => Some(scaling),
-            None => config.object("rope_parameters")?,
+        let parameters = parameters(config)?;
+        if let Some((field, part)) = rotated_part(config, parameters)?.filter(|(_, part)| *part != 1.0) {
+            let (found, supported) = (part.to_string(), "1 in this family".into());
+            return Err(ConfigError::Unsupported { field, found, supported });
+        }
+        Self::new(config, parameters, rotary_dim, max_positions, pairs)
+    }
+
+    /// The same, in a family that may rotate a part of each head: that which `partial_rotary_factor` says, or else `rotated`. With
+    /// `None` it knows no parts.
+    pub(crate) fn of_heads(
+        config: Object<'_>,
+        head_dim: usize,
+        rotated: Option<f64>,
+        max_positions: usize,
+        pairs: RopePairs,
+    ) -> Result<Self, ConfigError> {
+        let Some(rotated) = rotated else { return Self::from_config(config, head_dim, max_positions, pairs) };
+        let parameters = parameters(config)?;
+        let part = match rotated_part(config, parameters)? {
+            Some((_, part)) if part > 0.0 && part <= 1.0 => part,
+            Some((field, part)) => return Err(ConfigError::value(field, "above 0 and at most 1", part)),
+            None => rotated,
         };
+        // Rounded down, as the reference does.
+        Self::new(config, parameters, (head_dim as f64 * part) as usize, max_positions, pairs)
+    }
+
+    fn new(
+        config: Object<'_>,
+        parameters: Option<Object<'_>>,
+        rotary_dim: usize,
+        max_positions: usize,
+        pairs: RopePairs,
+    ) -> Result<Self, ConfigError> {
         let theta = match parameters.map(|rope| rope.number("rope_theta")).transpose()?.flatten() {
             Some(theta) => theta,
             None => config.number("rope_theta")?.unwrap_or(10000.0),
@@ -84,34 +133,25 @@ impl RopeSpec {
             Some(rope) => RopeScaling::from_config(rope, config, max_positions)?,
             None => RopeScaling::None,
         };
-        for place in [Some(config), parameters].into_iter().flatten() {
-            if let Some(part) = place.number("partial_rotary_factor")?.filter(|part| *part != 1.0) {
-                return Err(ConfigError::Unsupported {
-                    field: place.path("partial_rotary_factor"),
-                    found: part.to_string(),
-                    supported: "1 in this family".into(),
-                });
-            }
-        }
         Ok(Self { theta, rotary_dim, pairs, scaling })
     }
 
-    /// The frequencies, computed in f64 and rounded once.
+    /// The frequencies for sequences of up to `max_positions` tokens, computed in f64 and rounded once.
     #[must_use]
-    pub fn rope(&self) -> Rope {
+    pub fn rope(&self, max_positions: usize) -> Rope {
         let dim = self.rotary_dim as f64;
         let plain = (0..self.rotary_dim / 2).map(|pair| self.theta.powf(-2.0 * pair as f64 / dim));
-        let inv_freq = match self.scaling {
+        let inv_freq = match &self.scaling {
             RopeScaling::None => plain.map(|freq| freq as f32).collect(),
             RopeScaling::Linear { factor } => plain.map(|freq| (freq / factor) as f32).collect(),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => plain
+            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => plain
                 .map(|freq| {
                     let turns = original_max_positions * freq / TAU;
                     let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     blend(freq, factor, keep.clamp(0.0, 1.0))
                 })
                 .collect(),
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, truncate, .. } => {
+            &RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, truncate, .. } => {
                 let pair_with =
                     |turns: f64| dim * (original_max_positions / (turns * TAU)).ln() / (2.0 * self.theta.ln());
                 let (mut low, mut high) = (pair_with(beta_fast), pair_with(beta_slow));
@@ -123,10 +163,17 @@ impl RopeSpec {
                 let keep = |pair: usize| 1.0 - ((pair as f64 - low) / width).clamp(0.0, 1.0);
                 plain.enumerate().map(|(pair, freq)| blend(freq, factor, keep(pair))).collect()
             }
+            RopeScaling::Long { short_factors, long_factors, original_max_positions, .. } => {
+                let long = max_positions as f64 > *original_max_positions;
+                let factors = if long { long_factors } else { short_factors };
+                plain.zip(factors).map(|(freq, factor)| (freq / factor) as f32).collect()
+            }
         };
         let scale = match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
-            _ => 1.0,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
+                attention_factor as f32
+            }
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
         };
         Rope { inv_freq, scale, pairs: self.pairs }
     }
@@ -139,10 +186,10 @@ impl RopeSpec {
         if !self.rotary_dim.is_multiple_of(2) || !(1..=head_dim).contains(&self.rotary_dim) {
             return Err(ConfigError::value("head_dim", "an even number of rotated values", self.rotary_dim));
         }
-        match self.scaling {
+        match &self.scaling {
             RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => at_least_one("factor", factor),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+            &RopeScaling::Linear { factor } => at_least_one("factor", factor),
+            &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
                 at_least_one("factor", factor)?;
                 at_least_one("original_max_position_embeddings", original_max_positions)?;
                 positive("low_freq_factor", low_freq_factor)?;
@@ -153,7 +200,7 @@ impl RopeSpec {
                 }
                 Ok(())
             }
-            RopeScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original_max_positions, .. } => {
+            &RopeScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original_max_positions, .. } => {
                 at_least_one("factor", factor)?;
                 at_least_one("original_max_position_embeddings", original_max_positions)?;
                 positive("attention_factor", attention_factor)?;
@@ -162,6 +209,18 @@ impl RopeSpec {
                 if beta_fast < beta_slow {
                     let wanted = format!("at least beta_slow {beta_slow}");
                     return Err(ConfigError::value("rope_scaling.beta_fast", wanted, beta_fast));
+                }
+                Ok(())
+            }
+            RopeScaling::Long { short_factors, long_factors, attention_factor, original_max_positions } => {
+                at_least_one("original_max_position_embeddings", *original_max_positions)?;
+                positive("attention_factor", *attention_factor)?;
+                for (key, factors) in [("short_factor", short_factors), ("long_factor", long_factors)] {
+                    if factors.len() != self.rotary_dim / 2 {
+                        let wanted = format!("a factor for each of {} pairs", self.rotary_dim / 2);
+                        return Err(ConfigError::value(format!("rope_scaling.{key}"), wanted, factors.len()));
+                    }
+                    factors.iter().try_for_each(|factor| positive(key, *factor))?;
                 }
                 Ok(())
             }
@@ -216,9 +275,48 @@ impl RopeScaling {
                     truncate: rope.flag("truncate")?.unwrap_or(true),
                 })
             }
+            // The second is what the first configs called it.
+            "longrope" | "su" => {
+                let original_max_positions = original_max_positions()?;
+                let factors = |key: &str| {
+                    let missing = || ConfigError::value(rope.path(key), "a list of numbers", "nothing");
+                    rope.numbers(key)?.ok_or_else(missing)
+                };
+                let factor = rope.number("factor")?.unwrap_or(max_positions as f64 / original_max_positions);
+                let attention_factor = match rope.number("attention_factor")? {
+                    Some(given) => given,
+                    None if factor <= 1.0 => 1.0,
+                    None => (1.0 + factor.ln() / original_max_positions.ln()).sqrt(),
+                };
+                Ok(Self::Long {
+                    short_factors: factors("short_factor")?,
+                    long_factors: factors("long_factor")?,
+                    attention_factor,
+                    original_max_positions,
+                })
+            }
             other => Err(unsupported(other, key)),
         }
     }
+}
+
+/// The object that describes the rotary embedding: in the hub's spelling, or in that of transformers 5.
+fn parameters(config: Object<'_>) -> Result<Option<Object<'_>>, ConfigError> {
+    Ok(match config.object("rope_scaling")? {
+        Some(scaling) => Some(scaling),
+        None => config.object("rope_parameters")?,
+    })
+}
+
+/// The part of a head that is rotated, and the key that says so.
+fn rotated_part(config: Object<'_>, parameters: Option<Object<'_>>) -> Result<Option<(String, f64)>, ConfigError> {
+    const KEY: &str = "partial_rotary_factor";
+    for place in [parameters, Some(config)].into_iter().flatten() {
+        if let Some(part) = place.number(KEY)? {
+            return Ok(Some((place.path(KEY), part)));
+        }
+    }
+    Ok(None)
 }
 
 /// `attention_factor` if given; else from `factor`, and from DeepSeek's `mscale` and `mscale_all_dim` where both are given.
@@ -286,7 +384,7 @@ mod tests {
     /// The frequencies of heads of 16 with theta 10000.
     #[track_caller]
     fn rope(scaling: Value) -> Rope {
-        config("LlamaForCausalLM", json!({"rope_scaling": scaling})).to_spec().unwrap().ropes[0].rope()
+        config("LlamaForCausalLM", json!({"rope_scaling": scaling})).to_spec().unwrap().ropes[0].rope(256)
     }
 
     #[track_caller]
@@ -376,16 +474,18 @@ mod tests {
 
     #[test]
     fn other_types_are_refused_by_name() {
-        for kind in ["dynamic", "longrope", "su", "mrope"] {
+        for kind in ["dynamic", "mrope"] {
             check_error(
                 json!({"type": kind, "factor": 2.0}),
-                &format!("rope_scaling.type: {kind} is not supported; supported: default, linear, llama3, yarn"),
+                &format!(
+                    "rope_scaling.type: {kind} is not supported; supported: default, linear, llama3, yarn, longrope"
+                ),
             );
         }
         let nested = json!({"full_attention": {"rope_theta": 1e6}});
         check_error(
             nested,
-            "rope_scaling.type: one rotary embedding per layer type is not supported; supported: default, linear, llama3, yarn",
+            "rope_scaling.type: one rotary embedding per layer type is not supported; supported: default, linear, llama3, yarn, longrope",
         );
         let partial = config("LlamaForCausalLM", json!({"partial_rotary_factor": 0.5})).to_spec().unwrap_err();
         assert_eq!(partial.to_string(), "partial_rotary_factor: 0.5 is not supported; supported: 1 in this family");

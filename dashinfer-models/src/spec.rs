@@ -59,6 +59,8 @@ pub struct ModelSpec {
     pub tied_embeddings: bool,
     /// Layers behind the last that checkpoints may hold and that nobody needs: those that predict tokens further ahead (DeepSeek-V3).
     pub extra_layers: usize,
+    /// Whether each row of the output matrix is divided by its length when it is loaded (Baichuan 2).
+    pub unit_head: bool,
     /// What checkpoints call the parameters.
     pub names: TensorNames,
 }
@@ -186,6 +188,12 @@ impl ModelSpec {
         HfConfig::read(folder)?.to_spec()
     }
 
+    /// Lowers the longest context to `tokens`, if it is longer. With LongRoPE that may decide for other frequencies, as
+    /// [`RopeScaling::Long`](crate::RopeScaling::Long) says: so before the model is loaded, not while it is in use.
+    pub fn limit_context(&mut self, tokens: usize) {
+        self.max_positions = self.max_positions.min(tokens);
+    }
+
     /// Layers, `L`.
     #[must_use]
     pub fn num_layers(&self) -> usize {
@@ -290,6 +298,10 @@ impl ModelSpec {
         }
         positive("the factor on the embedding", self.embedding_scale)?;
         positive("final_logit_softcapping", self.logit_soft_cap.unwrap_or(1.0))?;
+        if self.unit_head && self.tied_embeddings {
+            let wanted = "false, as rows of the output matrix are normalized";
+            return Err(ConfigError::value("tie_word_embeddings", wanted, true));
+        }
         for rope in &self.ropes {
             rope.check(rotated_of)?;
         }

@@ -5,7 +5,7 @@
 
 use dashinfer_kernels::{Backend, LatentHeads};
 
-use crate::{Attention, Experts, GroupedAttention, LatentAttention, ModelSpec};
+use crate::{Attention, Experts, GroupedAttention, LatentAttention, ModelSpec, TensorNames};
 
 /// The decoder's parameters, with `L` for a linear operator's weight, `V` for a vector, and `X` for the experts of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,6 +127,8 @@ pub(crate) struct LinearPlan {
     pub(crate) cols: usize,
     pub(crate) bias: bool,
     pub(crate) role: Role,
+    /// Whether each row is divided by its length.
+    pub(crate) unit_rows: bool,
 }
 
 /// What a matrix is for, which decides how it is quantized.
@@ -227,6 +229,7 @@ impl Plan {
             cols: hidden,
             bias: false,
             role: Role::Vocabulary,
+            unit_rows: false,
         };
         let norm =
             |module: &str| VectorPlan { name: format!("{module}.weight"), len: hidden, offset: spec.norm_offset };
@@ -234,7 +237,7 @@ impl Plan {
             embed: vocab(names.embed),
             layers: (0..spec.num_layers()).map(|layer| LayerNames { spec, layer }.plan()).collect(),
             norm: norm(names.norm),
-            head: (!spec.tied_embeddings).then(|| vocab(names.head)),
+            head: (!spec.tied_embeddings).then(|| LinearPlan { unit_rows: spec.unit_head, ..vocab(names.head) }),
         }
     }
 
@@ -285,9 +288,12 @@ impl Plan {
     }
 
     /// Whether a tensor that the plan does not ask for may be in a checkpoint all the same.
-    pub(crate) fn ignores(&self, name: &str) -> bool {
+    pub(crate) fn ignores(&self, names: &TensorNames, name: &str) -> bool {
         // Old exports store the rotary frequencies, which follow from the config; tied ones may store the embedding twice.
-        name.ends_with(".rotary_emb.inv_freq") || (self.head.is_none() && name == "lm_head.weight")
+        let tied_head = || name.strip_suffix(".weight") == Some(names.head);
+        name.ends_with(".rotary_emb.inv_freq")
+            || (self.head.is_none() && tied_head())
+            || names.ignored.iter().any(|start| name.starts_with(start))
     }
 
     /// The tensor of the output matrix, if it has one of its own.
@@ -358,6 +364,7 @@ impl LayerNames<'_> {
             cols,
             bias: false,
             role: Role::Latent,
+            unit_rows: false,
         };
         LatentWeights {
             queries: match q_rank {
@@ -428,7 +435,7 @@ impl LayerNames<'_> {
                 parts.map(|(module, rows)| Part { module: self.name(module), rows: *rows }).collect()
             }
         };
-        LinearPlan { parts, cols, bias, role: Role::Layer }
+        LinearPlan { parts, cols, bias, role: Role::Layer, unit_rows: false }
     }
 }
 
@@ -527,12 +534,13 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::config::tests::config;
+    use crate::{config::tests::config, families::tests::example};
 
     #[test]
     fn a_plan_names_every_tensor_with_its_shape() {
         let changes = json!({"num_hidden_layers": 1, "tie_word_embeddings": true, "head_dim": 8});
-        let plan = Plan::new(&config("Qwen3ForCausalLM", changes).to_spec().unwrap());
+        let mut spec = config("Qwen3ForCausalLM", changes).to_spec().unwrap();
+        let plan = Plan::new(&spec);
         let found: Vec<_> = plan.tensors().into_iter().map(|(name, shape)| format!("{name} {shape:?}")).collect();
         let wanted = [
             "model.embed_tokens.weight [100, 64]",
@@ -550,19 +558,23 @@ mod tests {
             "model.norm.weight [64]",
         ];
         assert_eq!(found, wanted);
-        assert!(plan.ignores("lm_head.weight") && plan.ignores("model.layers.0.self_attn.rotary_emb.inv_freq"));
-        assert!(!plan.ignores("lm_head.bias"));
+        assert!(plan.ignores(&spec.names, "lm_head.weight"));
+        assert!(plan.ignores(&spec.names, "model.layers.0.self_attn.rotary_emb.inv_freq"));
+        assert!(!plan.ignores(&spec.names, "lm_head.bias") && !plan.ignores(&spec.names, "vision.norm.weight"));
+        spec.names.ignored = &["vision."];
+        assert!(plan.ignores(&spec.names, "vision.norm.weight") && !plan.ignores(&spec.names, "a.vision.norm.weight"));
     }
 
     #[test]
     fn a_plan_holds_as_many_parameters_as_its_spec_says() {
-        for (family, _) in crate::FAMILIES {
+        for family in crate::FAMILIES {
             for tied in [false, true] {
-                let changes = json!({"tie_word_embeddings": tied, "attention_bias": true, "mlp_bias": true});
-                let spec = config(family, changes).to_spec().unwrap();
+                let changes = json!({"attention_bias": true, "mlp_bias": true});
+                let mut spec = example(family.architecture, changes).to_spec().unwrap();
+                spec.tied_embeddings = tied;
                 let tensors = Plan::new(&spec).tensors();
                 let total: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-                assert_eq!(total as u64, spec.num_parameters(), "{family}");
+                assert_eq!(total as u64, spec.num_parameters(), "{}", family.architecture);
             }
         }
     }

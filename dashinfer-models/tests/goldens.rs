@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod common;
+mod spelt_otherwise;
 
 use std::{
     cell::Cell,
@@ -20,7 +21,7 @@ use dashinfer_kernels::cpu::packed_bytes;
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
-    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, StepLimits,
+    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, RopeScaling, StepLimits,
 };
 use safetensors::SafeTensors;
 
@@ -46,6 +47,8 @@ const BF16: Bounds = Bounds { logits: 6e-2, margin: 0.12 };
 struct Case {
     folder: PathBuf,
     bounds: Bounds,
+    /// The longest context, if it is not the model's.
+    max_context: Option<usize>,
     /// The largest part of a bound that was used up, for the record.
     worst: Cell<f32>,
     /// The largest logit.
@@ -55,6 +58,7 @@ struct Case {
     hidden_states: Vec<f32>,
 }
 
+#[derive(Clone)]
 struct Prompt {
     ids: Vec<u32>,
     /// `[T][V]`
@@ -69,7 +73,7 @@ fn cases(bounds: Bounds) -> Vec<Case> {
     let mut folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
     folders.sort();
     assert!(!folders.is_empty(), "there are no goldens");
-    folders.into_iter().map(|folder| Case::read(folder, bounds)).collect()
+    folders.into_iter().flat_map(|folder| Case::read(folder, bounds).by_context()).collect()
 }
 
 impl Case {
@@ -98,18 +102,51 @@ impl Case {
             })
             .collect::<Vec<_>>();
         assert!(!prompts.is_empty(), "{} has no prompts", folder.display());
-        Self { scale, prompts, hidden_states: floats("prompt_0_hidden_states"), folder, bounds, worst: Cell::new(0.0) }
+        let hidden_states = floats("prompt_0_hidden_states");
+        Self { scale, prompts, hidden_states, folder, bounds, max_context: None, worst: Cell::new(0.0) }
+    }
+
+    /// Two cases where the reference decides by the length of a sequence: one for the prompts within the training context, and one
+    /// for those beyond it.
+    fn by_context(mut self) -> Vec<Self> {
+        let line = self.spec().ropes.into_iter().find_map(|rope| match rope.scaling {
+            RopeScaling::Long { original_max_positions, .. } => Some(original_max_positions as usize),
+            _ => None,
+        });
+        let Some(line) = line else { return vec![self] };
+        let mut long = Self::read(self.folder.clone(), self.bounds);
+        self.max_context = Some(line);
+        self.prompts.retain(|prompt| prompt.ids.len() + prompt.greedy_ids.len() <= line);
+        long.prompts.retain(|prompt| prompt.ids.len() > line);
+        assert!(!self.prompts.is_empty() && !long.prompts.is_empty(), "{}: one side of {line} is empty", self.name());
+        long.prompts.extend(long.prompts.clone()); // some laws are about two prompts
+        long.hidden_states.clear(); // they are those of a short prompt
+        vec![self, long]
     }
 
     fn name(&self) -> String {
         self.folder.file_name().unwrap().to_string_lossy().into_owned()
     }
 
-    fn load<B: Backend>(&self, backend: B) -> Decoder<B> {
-        let spec = ModelSpec::read(&self.folder).unwrap();
+    /// That of the config, but of type f32, in which the reference computed: Gemma's factor on the embedding is rounded to the type.
+    fn spec(&self) -> ModelSpec {
+        let config = fs::read_to_string(self.folder.join("config.json")).unwrap();
+        let mut spec = HfConfig::parse(&config.replace("\"bfloat16\"", "\"float32\"")).unwrap().to_spec().unwrap();
+        spec.limit_context(self.max_context.unwrap_or(usize::MAX));
+        spec
+    }
+
+    /// `None` where a GPU's backend says that it lacks something which the model needs; the CPU's have to have all.
+    fn load<B: Backend>(&self, backend: B) -> Option<Decoder<B>> {
+        let spec = self.spec();
+        let lacking = spec.features().into_iter().find(|feature| !backend.supports(*feature));
+        if let (Some(feature), "cuda") = (lacking, backend.name()) {
+            eprintln!("{}: skipped: no {feature} on the GPU", self.name());
+            return None;
+        }
         let mut checkpoint = Checkpoint::open(&self.folder).unwrap();
         let limits = StepLimits { max_tokens: 512, max_logit_rows: 512 };
-        Decoder::load(backend, spec, &mut checkpoint, limits, Quantization::NONE, &mut |_| ()).unwrap()
+        Some(Decoder::load(backend, spec, &mut checkpoint, limits, Quantization::NONE, &mut |_| ()).unwrap())
     }
 
     #[track_caller]
@@ -151,7 +188,7 @@ type Tested<B> = (fn() -> Option<B>, Bounds);
 fn check_chunked<B: Cached>((backend, bounds): Tested<B>, chunk: usize) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
-        let mut decoder = case.load(backend);
+        let Some(mut decoder) = case.load(backend) else { continue };
         for (number, prompt) in case.prompts.iter().enumerate() {
             let mut runner = Runner::new(&mut decoder, 1);
             let mut wanted = prompt.logits.iter();
@@ -169,7 +206,7 @@ fn check_chunked<B: Cached>((backend, bounds): Tested<B>, chunk: usize) {
 fn check_last_rows<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
-        let mut decoder = case.load(backend);
+        let Some(mut decoder) = case.load(backend) else { continue };
         for prompt in &case.prompts {
             let mut runner = Runner::new(&mut decoder, 1);
             let (head, tail) = prompt.ids.split_at(prompt.ids.len() / 2);
@@ -185,7 +222,7 @@ fn check_last_rows<B: Cached>((backend, bounds): Tested<B>) {
 fn check_batched<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
-        let mut decoder = case.load(backend);
+        let Some(mut decoder) = case.load(backend) else { continue };
         let mut runner = Runner::new(&mut decoder, case.prompts.len());
         let runs: Vec<_> = case.prompts.iter().map(|prompt| &prompt.ids[..]).enumerate().collect();
         let rows = runner.step(&runs, Wanted::All);
@@ -208,7 +245,7 @@ fn check_batched<B: Cached>((backend, bounds): Tested<B>) {
 fn check_greedy<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
-        let mut decoder = case.load(backend);
+        let Some(mut decoder) = case.load(backend) else { continue };
         for prompt in &case.prompts {
             let mut runner = Runner::new(&mut decoder, 1);
             let mut run = &prompt.ids[..];
@@ -225,7 +262,7 @@ fn check_greedy<B: Cached>((backend, bounds): Tested<B>) {
 fn check_mixed<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
-        let mut decoder = case.load(backend);
+        let Some(mut decoder) = case.load(backend) else { continue };
         let mut runner = Runner::new(&mut decoder, 2);
         let [first, .., second] = &case.prompts[..] else { panic!("{} has less than two prompts", case.name()) };
         runner.step(&[(0, &first.ids)], Wanted::None);
@@ -245,7 +282,10 @@ fn check_mixed<B: Cached>((backend, bounds): Tested<B>) {
 fn check_hidden_states<B: Cached>((backend, bounds): Tested<B>) {
     for case in cases(bounds) {
         let Some(backend) = backend() else { return };
-        let mut decoder = case.load(backend);
+        let Some(mut decoder) = case.load(backend) else { continue };
+        if case.hidden_states.is_empty() {
+            continue;
+        }
         let found = Runner::new(&mut decoder, 1).hidden_states(&case.prompts[0].ids);
         assert_eq!(found.len(), decoder.spec().num_layers() + 1);
         let size = case.hidden_states.len() / found.len();

@@ -2,7 +2,10 @@
 
 use dashinfer_kernels::RopePairs;
 
-use crate::{Attention, ConfigError, HfConfig, LatentAttention, ModelSpec, json::Object, rope::deepseek_score_factor};
+use crate::{
+    Attention, ConfigError, HfConfig, LatentAttention, ModelSpec, RopeSpec, dialect::Dialect, json::Object,
+    rope::deepseek_score_factor,
+};
 
 /// The norms of latent vectors take the default of the reference's class, whatever the config says of others.
 const LATENT_NORM_EPS: f32 = 1e-6;
@@ -48,7 +51,9 @@ fn latent(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     };
     let pairs =
         if object.flag("rope_interleave")?.unwrap_or(true) { RopePairs::Interleaved } else { RopePairs::Halves };
-    let mut spec = config.decoder(Attention::Latent(attention), rope_dim, pairs)?;
+    let max_positions = object.required_count("max_position_embeddings")?;
+    let rope = RopeSpec::from_config(object, rope_dim, max_positions, pairs)?;
+    let mut spec = config.decoder(&Dialect::LLAMA, Attention::Latent(attention), rope)?;
     attention.scale *= deepseek_score_factor(object, &spec.ropes[0].scaling)? as f32;
     spec.attention = Attention::Latent(attention);
     if has_experts(object, spec.num_layers())?.contains(&true) {
@@ -107,7 +112,7 @@ mod tests {
                 "original_max_position_embeddings": 64}})
         };
         let spec = config("DeepseekV3ForCausalLM", yarn(1.0)).to_spec().unwrap();
-        let rope = spec.ropes[0].rope();
+        let rope = spec.ropes[0].rope(spec.max_positions);
         assert_eq!((rope.inv_freq.len(), rope.scale, rope.pairs), (4, 1.0, RopePairs::Interleaved));
         for (mscale, factor) in [(1.0, 1.368_888), (0.707, 1.260_804), (0.0, 1.0)] {
             let found = attention("DeepseekV2ForCausalLM", yarn(mscale)).scale * 24f32.sqrt();

@@ -144,6 +144,13 @@ fn key(layout: &str, plan: &Plan, source: &dyn WeightSource, quantization: Quant
         let dtype = source.info(&name)?.dtype;
         let _ = writeln!(key, "{name} {shape:?} {dtype:?}"); // writing to a text does not fail
     }
+    // What is done to stored values on the way.
+    if plan.norm.offset != 0.0 {
+        let _ = writeln!(key, "norms: {:+}", plan.norm.offset);
+    }
+    if plan.head.as_ref().is_some_and(|head| head.unit_rows) {
+        key.push_str("head: rows of length 1\n");
+    }
     key.push_str(&source.identity()?);
     Some(key)
 }

@@ -34,6 +34,12 @@ fn the_key_says_all_that_decides_the_bytes() {
     ] {
         assert_ne!(other, first);
     }
+    let mut plan = plan.clone();
+    plan.norm.offset = 1.0;
+    let offset = super::key("x", &plan, &source, quantization).unwrap();
+    plan.head.as_mut().unwrap().unit_rows = true;
+    let unit_rows = super::key("x", &plan, &source, quantization).unwrap();
+    assert!(first != offset && first != unit_rows && offset != unit_rows);
 }
 
 /// Whoever changes the bytes that packing makes must change the layout's name, or files of older versions would be read as new

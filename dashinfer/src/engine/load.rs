@@ -269,6 +269,11 @@ impl Load {
     /// The most tokens of a prompt and its continuation together. Default: what the model was made for; if no limit was set
     /// either, no more than the default cache holds ([`ModelInfo::context`](crate::ModelInfo) says what came of it). The cache must
     /// hold one such sequence.
+    ///
+    /// Models with LongRoPE (Phi-3 and Phi-4-mini) have one set of rotary frequencies for contexts as long as they were first trained on,
+    /// and one for longer ones; an engine has the one or the other, by its longest context. `max_context` of that length or less
+    /// (`original_max_position_embeddings` in `config.json`) gives the answers of the reference to prompts that stay below it, and longer
+    /// contexts those to prompts beyond it.
     pub fn max_context(mut self, tokens: usize) -> Self {
         self.settings.max_context = Some(tokens);
         self
@@ -540,6 +545,8 @@ fn start_on<B: Backend>(
     ended: watch::Receiver<()>,
 ) -> Result<(Engine, Run), Error> {
     let settings = load.settings.clone();
+    // What depends on the longest context, such as the factors of LongRoPE, is decided by that of this engine.
+    opened.spec.limit_context(plan.estimate.context);
     let tokenizer = match opened.tokenizer.take() {
         // A large vocabulary takes as long to read as weights do, so it is read beside them.
         Some(folder) => Some(
