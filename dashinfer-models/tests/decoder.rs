@@ -37,6 +37,7 @@ fn any_spec() -> impl Strategy<Value = ModelSpec> {
                 "use_sliding_window": true, "max_window_layers": 1, "sliding_window": {window},
                 "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": {mlp},
                 "shared_expert_intermediate_size": 7, "decoder_sparse_step": {group},
+                "n_routed_experts": 6, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
                 "q_lora_rank": {q_rank}, "kv_lora_rank": {mlp}, "qk_nope_head_dim": {group},
                 "qk_rope_head_dim": {head_dim}, "v_head_dim": {layers}}}"#
         );

@@ -22,6 +22,7 @@ use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa};
 use dashinfer_kernels::{Backend, DType};
 use dashinfer_models::{
     Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, RopeScaling, StepLimits,
+    WeightSource,
 };
 use safetensors::SafeTensors;
 
@@ -313,7 +314,11 @@ fn an_estimate_is_a_little_more_than_the_file() {
         let checkpoint = Checkpoint::open(&case.folder).unwrap();
         let (f32, none) = (DType::F32, Quantization::NONE);
         let estimate = MemoryEstimate::new(&spec, &checkpoint, f32, f32.into(), limits, none, &packed_bytes).unwrap();
-        let stored = checkpoint.data_bytes();
+        // DeepSeek-V3's has a layer more, which is not loaded.
+        let extra = format!("model.layers.{}.", spec.num_layers());
+        let extra = checkpoint.names().into_iter().filter(|name| name.starts_with(&extra));
+        let extra: usize = extra.map(|name| checkpoint.read(name).unwrap().len()).sum();
+        let stored = checkpoint.data_bytes() - extra as u64;
         // More, by norms and biases in f32, rows padded to 16, and columns of bf16 padded to 32, which is much of a tiny model.
         assert!((stored..stored + stored / 2).contains(&estimate.weight_bytes), "{}: {estimate:?}", case.name());
     }

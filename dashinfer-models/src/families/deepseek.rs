@@ -1,24 +1,59 @@
 //! DeepSeek-V2 and -V3: latent attention, and experts behind the first layers.
 
-use dashinfer_kernels::RopePairs;
+use dashinfer_kernels::{ExpertGroups, GroupScore, RopePairs, Routing, Scoring};
 
 use crate::{
-    Attention, ConfigError, HfConfig, LatentAttention, ModelSpec, RopeSpec, dialect::Dialect, json::Object,
-    rope::deepseek_score_factor,
+    Attention, ConfigError, ExpertNames, Experts, HfConfig, LatentAttention, ModelSpec, RopeSpec, SharedExpert,
+    dialect::Dialect, json::Object, rope::deepseek_score_factor,
 };
 
 /// The norms of latent vectors take the default of the reference's class, whatever the config says of others.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
-/// DeepSeek-V2 and its Lite. <https://arxiv.org/abs/2405.04434>
+/// DeepSeek-V2 and its Lite. Experts are weighted by a softmax over all of them; like the reference, this does not read
+/// `norm_topk_prob`. <https://arxiv.org/abs/2405.04434>
 pub(super) fn deepseek_v2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
-    latent(config)
+    let mut spec = latent(config)?;
+    let object = config.object();
+    only(object, "scoring_func", "softmax")?;
+    let groups = match object.text("topk_method")?.unwrap_or("greedy") {
+        "greedy" => None,
+        "group_limited_greedy" => Some(ExpertGroups {
+            num_groups: object.required_count("n_group")?,
+            top_groups: object.required_count("topk_group")?,
+            score: GroupScore::Max,
+        }),
+        other => return Err(unsupported("topk_method", other, "greedy, group_limited_greedy")),
+    };
+    let scale = object.number("routed_scaling_factor")?.unwrap_or(1.0) as f32;
+    let routing =
+        |num_experts, top_k| Routing { num_experts, top_k, scoring: Scoring::Softmax, groups, normalize: false, scale };
+    set_experts(&mut spec, object, routing)?;
+    Ok(spec)
 }
 
-/// DeepSeek-V3 and R1. <https://arxiv.org/abs/2412.19437>
+/// DeepSeek-V3 and R1. Experts are chosen by sigmoid and a correction, within the groups whose best two are best.
+/// <https://arxiv.org/abs/2412.19437>
 pub(super) fn deepseek_v3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = latent(config)?;
-    spec.extra_layers = config.object().count("num_nextn_predict_layers")?.unwrap_or(1);
+    let object = config.object();
+    only(object, "scoring_func", "sigmoid")?;
+    only(object, "topk_method", "noaux_tc")?;
+    // What is absent is the reference's default.
+    let groups = Some(ExpertGroups {
+        num_groups: object.count("n_group")?.unwrap_or(8),
+        top_groups: object.count("topk_group")?.unwrap_or(4),
+        score: GroupScore::TopTwo,
+    });
+    let normalize = object.flag("norm_topk_prob")?.unwrap_or(true);
+    let scale = object.number("routed_scaling_factor")?.unwrap_or(2.5) as f32;
+    let routing =
+        |num_experts, top_k| Routing { num_experts, top_k, scoring: Scoring::Sigmoid, groups, normalize, scale };
+    set_experts(&mut spec, object, routing)?;
+    if let Some(experts) = &mut spec.experts {
+        experts.correction = true;
+    }
+    spec.extra_layers = object.count("num_nextn_predict_layers")?.unwrap_or(1);
     Ok(spec)
 }
 
@@ -56,25 +91,58 @@ fn latent(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = config.decoder(&Dialect::LLAMA, Attention::Latent(attention), rope)?;
     attention.scale *= deepseek_score_factor(object, &spec.ropes[0].scaling)? as f32;
     spec.attention = Attention::Latent(attention);
-    if has_experts(object, spec.num_layers())?.contains(&true) {
-        return Err(ConfigError::Unsupported {
-            field: "n_routed_experts".into(),
-            found: "experts".into(),
-            supported: "dense layers".into(),
-        });
-    }
+    spec.names.experts = ExpertNames {
+        shared_gate_up: ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+        shared_down: "mlp.shared_experts.down_proj",
+        ..ExpertNames::QWEN
+    };
     Ok(spec)
 }
 
-/// Whether each layer has experts: those from `first_k_dense_replace` on whose number `moe_layer_freq` divides.
-fn has_experts(config: Object<'_>, num_layers: usize) -> Result<Vec<bool>, ConfigError> {
-    let any = config.count("n_routed_experts")?.is_some();
+/// Experts in the layers from `first_k_dense_replace` on whose number `moe_layer_freq` divides, if there are any. `routing` is made for
+/// their number, and how many of them each token has.
+fn set_experts(
+    spec: &mut ModelSpec,
+    config: Object<'_>,
+    routing: impl FnOnce(usize, usize) -> Routing,
+) -> Result<(), ConfigError> {
+    let Some(num_experts) = config.count("n_routed_experts")? else { return Ok(()) };
     let first = config.count("first_k_dense_replace")?.unwrap_or(0);
     let every = config.count("moe_layer_freq")?.unwrap_or(1);
     if every == 0 {
         return Err(ConfigError::value("moe_layer_freq", "1 or more", every));
     }
-    Ok((0..num_layers).map(|layer| any && layer >= first && layer.is_multiple_of(every)).collect())
+    for (index, layer) in spec.layers.iter_mut().enumerate() {
+        layer.experts = index >= first && index.is_multiple_of(every);
+    }
+    if !spec.layers.iter().any(|layer| layer.experts) {
+        return Ok(());
+    }
+    let size = config.required_count("moe_intermediate_size")?;
+    let shared = config.count("n_shared_experts")?.filter(|count| *count > 0);
+    spec.experts = Some(Experts {
+        routing: routing(num_experts, config.required_count("num_experts_per_tok")?),
+        size,
+        activation: spec.mlp.activation,
+        bias: false,
+        router_bias: false,
+        correction: false,
+        // They are one that is so many times as large.
+        shared: shared.map(|count| SharedExpert { size: size.saturating_mul(count), gated: false }),
+    });
+    Ok(())
+}
+
+/// A key that, if it is there, must be what this family does.
+fn only(config: Object<'_>, key: &str, supported: &str) -> Result<(), ConfigError> {
+    match config.text(key)? {
+        Some(found) if found != supported => Err(unsupported(key, found, supported)),
+        _ => Ok(()),
+    }
+}
+
+fn unsupported(field: &str, found: &str, supported: &str) -> ConfigError {
+    ConfigError::Unsupported { field: field.into(), found: found.into(), supported: supported.into() }
 }
 
 #[cfg(test)]
@@ -128,7 +196,57 @@ mod tests {
         check_error(json!({"v_head_dim": 5000}), "v_head_dim: wanted 1 to 4096, found 5000");
         check_error(json!({"qk_nope_head_dim": 0}), "qk_nope_head_dim: wanted 1 to 4096, found 0");
         check_error(json!({"qk_rope_head_dim": 7}), "head_dim: wanted an even number of rotated values, found 7");
-        check_error(json!({"moe_layer_freq": 0}), "moe_layer_freq: wanted 1 or more, found 0");
+        check_error(json!({"moe_layer_freq": 0, "n_routed_experts": 4}), "moe_layer_freq: wanted 1 or more, found 0");
+        let text = "topk_method: greedy is not supported; supported: noaux_tc";
+        check_error(json!({"topk_method": "greedy"}), text);
+        let text = "scoring_func: softmax is not supported; supported: sigmoid";
+        check_error(json!({"scoring_func": "softmax"}), text);
+        let v2 = config("DeepseekV2ForCausalLM", json!({"topk_method": "noaux_tc"})).to_spec().unwrap_err().to_string();
+        assert_eq!(v2, "topk_method: noaux_tc is not supported; supported: greedy, group_limited_greedy");
+    }
+
+    #[test]
+    fn experts_are_behind_the_dense_layers() {
+        let layers = |changes: Value| -> Vec<bool> {
+            let mut all = json!({"n_routed_experts": 16});
+            all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            let spec = config("DeepseekV3ForCausalLM", all).to_spec().unwrap();
+            spec.layers.iter().map(|layer| layer.experts).collect()
+        };
+        assert_eq!(layers(json!({})), [true; 4]);
+        assert_eq!(layers(json!({"first_k_dense_replace": 3})), [false, false, false, true]);
+        assert_eq!(layers(json!({"first_k_dense_replace": 1, "moe_layer_freq": 2})), [false, false, true, false]);
+        let dense = config("DeepseekV3ForCausalLM", json!({"first_k_dense_replace": 4, "n_routed_experts": 16}));
+        assert_eq!(dense.to_spec().unwrap().experts, None);
+    }
+
+    #[test]
+    fn routing_is_that_of_the_family() {
+        let experts = |family: &str, changes: Value| {
+            let mut all = json!({"n_routed_experts": 16, "n_shared_experts": 2, "norm_topk_prob": false});
+            all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            config(&format!("Deepseek{family}ForCausalLM"), all).to_spec().unwrap().experts.unwrap()
+        };
+        let lite = experts("V2", json!({"norm_topk_prob": true}));
+        let routing = Routing {
+            num_experts: 16,
+            top_k: 2,
+            scoring: Scoring::Softmax,
+            groups: None,
+            normalize: false,
+            scale: 1.0,
+        };
+        assert_eq!((lite.routing, lite.correction, lite.size), (routing, false, 24));
+        assert_eq!(lite.shared, Some(SharedExpert { size: 48, gated: false }));
+        let limited = json!({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "n_shared_experts": null,
+            "routed_scaling_factor": 16});
+        let v2 = experts("V2", limited);
+        let groups = Some(ExpertGroups { num_groups: 4, top_groups: 2, score: GroupScore::Max });
+        assert_eq!((v2.routing, v2.shared), (Routing { groups, scale: 16.0, ..routing }, None));
+        let v3 = experts("V3", json!({"norm_topk_prob": null}));
+        let groups = Some(ExpertGroups { num_groups: 8, top_groups: 4, score: GroupScore::TopTwo });
+        let sigmoid = Routing { scoring: Scoring::Sigmoid, groups, normalize: true, scale: 2.5, ..routing };
+        assert_eq!((v3.routing, v3.correction), (sigmoid, true));
     }
 
     #[test]
