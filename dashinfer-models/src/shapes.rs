@@ -30,6 +30,17 @@ const OTHERS: &[(&str, &str)] = &[
             "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": true, "vocab_size": 151936,
             "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}"#,
     ),
+    (
+        "deepseek-v2-lite",
+        r#"{"architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "q_lora_rank": null, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 10944, "first_k_dense_replace": 1,
+            "moe_layer_freq": 1, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
+            "moe_intermediate_size": 1408, "topk_method": "greedy", "routed_scaling_factor": 1.0, "vocab_size": 102400,
+            "max_position_embeddings": 163840, "rope_theta": 10000.0, "rope_scaling": {"type": "yarn", "factor": 40,
+            "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1,
+            "original_max_position_embeddings": 4096}, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}"#,
+    ),
 ];
 
 /// The names that [`named`] knows.
@@ -65,7 +76,7 @@ mod tests {
     #[test]
     fn every_shape_is_sound_and_of_its_published_size() {
         let sizes: Vec<_> = names().map(|name| named(name).unwrap().num_parameters()).collect();
-        assert_eq!(sizes, [494_032_768, 1_543_714_304, 7_615_616_512, 14_315_784_192, 30_532_122_624]);
+        assert_eq!(sizes, [494_032_768, 1_543_714_304, 7_615_616_512, 14_315_784_192, 30_532_122_624, 15_706_484_224]);
         assert_eq!(named("gpt-2"), None);
     }
 }

@@ -467,8 +467,9 @@ impl LatentAttention {
         Ok(self.rope_dim)
     }
 
-    /// What attention needs to know.
-    pub(crate) fn params(&self) -> LatentParams {
+    /// What its operators need to know.
+    #[must_use]
+    pub fn params(&self) -> LatentParams {
         let Self { num_heads, kv_rank, nope_dim, rope_dim, v_dim, scale, .. } = *self;
         LatentParams { num_heads, rank: kv_rank, nope_dim, rope_dim, v_dim, scale }
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Answer, complete, golden, load, tiny};
-use dashinfer::{Engine, Error, Load, Message, Request};
+use dashinfer::{Engine, Error, KvCacheType, Load, Message, Request};
 use serde_json::{Map, Value, json};
 
 /// A copy of a checkpoint, to be broken.
@@ -232,16 +232,13 @@ fn a_config_of_no_model() {
         "max_position_embeddings: wanted 1 to 1073741824, found 1000000000000000",
     );
     check("rms_norm_eps", json!(-1), "rms_norm_eps: wanted above 0 and below 1, found -1");
+    let known = dashinfer_models::FAMILIES.iter().map(|family| family.0).collect::<Vec<_>>().join(", ");
     check(
         "architectures",
         json!(["LlamaForCausaLM"]),
-        "architecture LlamaForCausaLM is not supported; known are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        &format!("architecture LlamaForCausaLM is not supported; known are {known}"),
     );
-    check(
-        "architectures",
-        json!(null),
-        "architectures: wanted one of DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, found nothing",
-    );
+    check("architectures", json!(null), &format!("architectures: wanted one of {known}, found nothing"));
     check(
         "rope_scaling",
         json!({"rope_type": "spiral"}),
@@ -252,7 +249,7 @@ fn a_config_of_no_model() {
         json!({"rope_type": "linear", "factor": 0}),
         "rope_scaling.factor: wanted a finite number, 1 or more, found 0",
     );
-    check("hidden_act", json!("gelu"), "hidden_act: gelu is not supported; supported: silu");
+    check("hidden_act", json!("gelu"), "hidden_act: gelu is not supported; supported: silu, gelu_pytorch_tanh");
 }
 
 #[test]
@@ -380,6 +377,18 @@ fn a_memory_limit_too_small_to_run() {
     let engine = load(Engine::load(tiny()).memory_limit(least));
     assert_eq!(engine.model().kv_cache_tokens, 256);
     assert_eq!(complete(&engine, Request::tokens([1; 200]).max_tokens(56).ignore_eos()).tokens.len(), 56);
+}
+
+#[test]
+fn a_cache_of_latent_vectors_is_not_quantized() {
+    for (kv_cache, name) in [(KvCacheType::Int8, "int8"), (KvCacheType::Uint4, "uint4")] {
+        let found = complaint(Engine::load(golden("deepseek-v2")).kv_cache(kv_cache));
+        assert_eq!(found, format!("load: a KV cache of latent vectors in {name} is not supported by the cpu backend"));
+    }
+    for kv_cache in [KvCacheType::F16, KvCacheType::BF16] {
+        let engine = load(Engine::load(golden("deepseek-v2")).kv_cache(kv_cache));
+        assert_eq!(complete(&engine, Request::tokens([5; 40]).max_tokens(8).ignore_eos()).tokens.len(), 8);
+    }
 }
 
 #[track_caller]

@@ -373,7 +373,7 @@ impl Load {
         let max_tokens = set.max_step_tokens.unwrap_or(target.default_step_tokens());
         let limits = StepLimits { max_tokens, max_logit_rows: (max_batch + MAX_ALL_LOGITS).min(max_tokens) };
         let compute = target.compute_type(set.compute.dtype(), opened)?;
-        let kv_cache = target.kv_cache_type(set.kv_cache.cache_type(), compute)?;
+        let kv_cache = target.kv_cache_type(set.kv_cache.cache_type(), &opened.spec, compute)?;
         target.check_quantization(set.quantization)?;
         let packed_bytes = |rows, cols, stored, scheme| target.packed_bytes(rows, cols, stored, scheme, compute);
         let (spec, source) = (&opened.spec, opened.source.as_ref());

@@ -3,7 +3,7 @@
 #[cfg(feature = "cuda")]
 use dashinfer_kernels::cuda;
 use dashinfer_kernels::{CacheType, DType, KernelError, Scheme};
-use dashinfer_models::{ModelSpec, Quantization, StepLimits, StoredType};
+use dashinfer_models::{Attention, ModelSpec, Quantization, StepLimits, StoredType};
 
 use super::Device;
 use super::load::Opened;
@@ -68,9 +68,17 @@ impl Target {
     }
 
     /// The type of keys and values.
-    pub(super) fn kv_cache_type(&self, asked: Option<CacheType>, compute: DType) -> Result<CacheType, Error> {
+    pub(super) fn kv_cache_type(
+        &self,
+        asked: Option<CacheType>,
+        spec: &ModelSpec,
+        compute: DType,
+    ) -> Result<CacheType, Error> {
         let asked = asked.unwrap_or(compute.into());
         match self {
+            Self::Cpu if asked.scale_bytes() != 0 && matches!(spec.attention, Attention::Latent(_)) => {
+                Err(unsupported(format!("a KV cache of latent vectors in {asked}"), "cpu"))
+            }
             Self::Cuda(_) if asked != compute.into() => {
                 Err(unsupported(format!("a KV cache in {asked} beside activations in {compute}"), "cuda"))
             }
@@ -120,7 +128,11 @@ impl Target {
                 } else {
                     dashinfer_kernels::cpu::workspace_bytes(limits.max_tokens, widest(spec))
                 };
-                experts.saturating_add(products) as u64
+                let latent = match &spec.attention {
+                    Attention::Latent(attention) => dashinfer_kernels::cpu::latent_workspace_bytes(&attention.params()),
+                    _ => 0,
+                };
+                experts.saturating_add(products).saturating_add(latent) as u64
             }
             Self::Cuda(device) => {
                 let cache = spec.kv_cache(1, 1, compute.into());
@@ -151,7 +163,11 @@ impl Target {
 fn widest(spec: &ModelSpec) -> usize {
     let shared = spec.experts.and_then(|experts| experts.shared).map_or(0, |shared| shared.size);
     let dense = if spec.layers.iter().any(|layer| !layer.experts) { spec.mlp.size } else { 0 };
-    spec.hidden_size.max(spec.attention.out_size()).max(dense).max(shared)
+    let compressed = match &spec.attention {
+        Attention::Latent(attention) => attention.q_rank.unwrap_or(0),
+        _ => 0,
+    };
+    spec.hidden_size.max(spec.attention.out_size()).max(compressed).max(dense).max(shared)
 }
 
 fn unsupported(what: String, backend: &'static str) -> Error {
