@@ -83,7 +83,7 @@ fn packed_shape(source: &dyn WeightSource, plan: &LinearPlan, quantization: Quan
         StoredType::Other(_) => None, // the proof has refused it
     });
     let (dtype, scheme) = (common_type(types), quantization.scheme(plan.role));
-    PackedShape { rows: plan.rows(), cols: plan.cols, dtype, scheme, bias: plan.bias }
+    PackedShape { rows: plan.rows(), cols: plan.cols, dtype, scheme, bias: plan.bias, order: false }
 }
 
 /// The proof: every parameter has a tensor of its shape and of a type that we read, and every tensor is used or may be

@@ -20,7 +20,7 @@ use crate::sample::{SampleScratch, sample_row};
 use crate::{
     Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, LatentHeads, LatentParams,
     MatrixView, PackedShape, PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes, StepRows,
-    TensorUse,
+    StoredMatrix, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -358,6 +358,18 @@ impl Backend for CpuBackend {
         })
     }
 
+    fn pack_stored(
+        &self,
+        parts: &[&dyn StoredMatrix],
+        bias: Option<&[f32]>,
+        scheme: Option<Scheme>,
+    ) -> Result<CpuLinear, KernelError> {
+        Ok(match scheme {
+            None => CpuLinear::Dense(PackedMatrix::pack_stored(parts, bias, &self.pool)?),
+            Some(scheme) => CpuLinear::Quantized(QuantizedMatrix::pack_stored(parts, bias, scheme, &self.pool)?),
+        })
+    }
+
     fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize {
         packed_bytes(rows, cols, dtype, scheme)
     }
@@ -369,7 +381,7 @@ impl Backend for CpuBackend {
     fn export<'a>(&self, matrix: &'a CpuLinear) -> Vec<&'a [u8]> {
         match matrix {
             CpuLinear::Dense(matrix) => matrix.buffers().to_vec(),
-            CpuLinear::Quantized(matrix) => matrix.buffers().to_vec(),
+            CpuLinear::Quantized(matrix) => matrix.buffers(),
         }
     }
 
