@@ -329,6 +329,8 @@ pub enum Feature {
     Experts,
     /// Latent attention, and its caches.
     LatentAttention,
+    /// [`Backend::pack_stored`].
+    StoredQuantization,
 }
 
 impl fmt::Display for Feature {
@@ -342,6 +344,7 @@ impl fmt::Display for Feature {
             Self::ClampedSwiglu => "the clamped activation swiglu",
             Self::Experts => "mixtures of experts",
             Self::LatentAttention => "latent attention",
+            Self::StoredQuantization => "weights that were stored quantized",
         })
     }
 }
@@ -407,7 +410,7 @@ pub trait Backend: Send + 'static {
         scheme: Option<Scheme>,
     ) -> Result<Self::Linear, KernelError>;
 
-    /// [`pack`](Self::pack), of parts that were quantized before they were stored. With a scheme that can hold the codes of all parts
+    /// [`pack`](Self::pack), of parts that were quantized before they were stored; [`Feature::StoredQuantization`]. With a scheme that can hold the codes of all parts
     /// ([`Scheme::holding`]) they are packed as they are, in the order that the parts have in common; with another, their values are
     /// quantized anew. `None`: as f32, not quantized any more.
     ///
@@ -419,7 +422,7 @@ pub trait Backend: Send + 'static {
         _bias: Option<&[f32]>,
         _scheme: Option<Scheme>,
     ) -> Result<Self::Linear, KernelError> {
-        let what = "weights that were stored quantized".to_owned();
+        let what = Feature::StoredQuantization.to_string();
         Err(KernelError::Unsupported { op: "pack", what, backend: self.name() })
     }
 

@@ -135,7 +135,12 @@ impl CpuLinear {
         }
     }
 
-    fn read_row(&self, row: usize, out: &mut [f32]) {
+    /// Row `row` as f32 into `out`, `[K]`: an embedding.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` has another length.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols(), "a row has as many values as there are columns");
         match self {
             Self::Dense(matrix) => matrix.read_row(row, out),
             Self::Quantized(matrix) => matrix.read_row(row, out),
@@ -333,7 +338,8 @@ impl Backend for CpuBackend {
             | Feature::LogitSoftCap
             | Feature::ClampedSwiglu
             | Feature::Experts
-            | Feature::LatentAttention => true,
+            | Feature::LatentAttention
+            | Feature::StoredQuantization => true,
         }
     }
 

@@ -77,7 +77,8 @@ impl CodeLayout {
     }
 
     /// Whether `scheme` can hold such codes without rounding any.
-    pub(crate) fn fits(self, scheme: Scheme) -> bool {
+    #[must_use]
+    pub fn fits(self, scheme: Scheme) -> bool {
         let groups = match (scheme.group(), self.group) {
             (None, None) | (Some(_), None) => true,
             (None, Some(_)) => false,
