@@ -8,7 +8,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::error::check;
-use crate::{CacheType, DType, KernelError, Routing, SampleRow, Sampled, Scheme, SharedBytes};
+use crate::{CacheType, DType, KernelError, Routing, SampleRow, Sampled, Scheme, SharedBytes, StoredMatrix};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +36,8 @@ pub struct PackedShape {
     pub scheme: Option<Scheme>,
     /// Whether there is a bias.
     pub bias: bool,
+    /// Whether its input features stand in an order of their own; see [`StoredMatrix::order`].
+    pub order: bool,
 }
 
 /// One sequence's share of a step: `num_rows` consecutive rows of the batch, the last of them at position
@@ -327,6 +329,8 @@ pub enum Feature {
     Experts,
     /// Latent attention, and its caches.
     LatentAttention,
+    /// [`Backend::pack_stored`].
+    StoredQuantization,
 }
 
 impl fmt::Display for Feature {
@@ -340,6 +344,7 @@ impl fmt::Display for Feature {
             Self::ClampedSwiglu => "the clamped activation swiglu",
             Self::Experts => "mixtures of experts",
             Self::LatentAttention => "latent attention",
+            Self::StoredQuantization => "weights that were stored quantized",
         })
     }
 }
@@ -404,6 +409,22 @@ pub trait Backend: Send + 'static {
         bias: Option<&[f32]>,
         scheme: Option<Scheme>,
     ) -> Result<Self::Linear, KernelError>;
+
+    /// [`pack`](Self::pack), of parts that were quantized before they were stored; [`Feature::StoredQuantization`]. With a scheme that can hold the codes of all parts
+    /// ([`Scheme::holding`]) they are packed as they are, in the order that the parts have in common; with another, their values are
+    /// quantized anew. `None`: as f32, not quantized any more.
+    ///
+    /// # Errors
+    /// Those of [`pack`](Self::pack); [`KernelError::Unsupported`] from a backend that has no kernels for them.
+    fn pack_stored(
+        &self,
+        _parts: &[&dyn StoredMatrix],
+        _bias: Option<&[f32]>,
+        _scheme: Option<Scheme>,
+    ) -> Result<Self::Linear, KernelError> {
+        let what = Feature::StoredQuantization.to_string();
+        Err(KernelError::Unsupported { op: "pack", what, backend: self.name() })
+    }
 
     /// Bytes of device memory that a packed `[rows, cols]` matrix takes, of `dtype` or quantized.
     fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize;

@@ -6,7 +6,8 @@ use dashinfer_kernels::{Activation, DType};
 use serde_json::{Map, Value};
 
 use crate::{
-    Attention, ConfigError, FAMILIES, GroupedAttention, LayerSpec, Mlp, ModelSpec, RopeSpec, TensorNames,
+    Attention, ConfigError, FAMILIES, GroupedAttention, LayerSpec, Mlp, ModelSpec, RopeSpec, StoredQuantization,
+    TensorNames,
     dialect::Dialect,
     json::{self, Object},
 };
@@ -76,7 +77,7 @@ impl HfConfig {
         if let Some(names) = self.map.get("architectures") {
             map.insert("architectures".to_owned(), names.clone());
         }
-        for key in ["dtype", "torch_dtype", "quantization_config"] {
+        for key in ["dtype", "torch_dtype", "quantization_config", "compression_config"] {
             if let (false, Some(value)) = (map.contains_key(key), self.map.get(key)) {
                 map.insert(key.to_owned(), value.clone());
             }
@@ -134,13 +135,6 @@ impl HfConfig {
         rope: RopeSpec,
     ) -> Result<ModelSpec, ConfigError> {
         let config = self.object();
-        if config.get("quantization_config").is_some() {
-            return Err(ConfigError::Unsupported {
-                field: "quantization_config".into(),
-                found: self.quantization_method(),
-                supported: "weights in f32, f16 or bf16".into(),
-            });
-        }
         let hidden_size = config.required_count(keys.hidden_size)?;
         let activation = activation(config, keys.activation)?.unwrap_or_default();
         let max_positions = config.required_count(keys.max_positions)?;
@@ -167,6 +161,7 @@ impl HfConfig {
             extra_layers: 0,
             unit_head: false,
             names: TensorNames::LLAMA,
+            stored_quantization: StoredQuantization::from_config(config)?,
         })
     }
 
@@ -183,11 +178,6 @@ impl HfConfig {
             Some("bfloat16") => Some(DType::BF16),
             _ => None,
         })
-    }
-
-    fn quantization_method(&self) -> String {
-        let method = self.map.get("quantization_config").and_then(|q| q.get("quant_method")).and_then(Value::as_str);
-        method.unwrap_or("a method without a name").to_owned()
     }
 }
 
@@ -336,8 +326,9 @@ pub(crate) mod tests {
             "hidden_act: relu2 is not supported; supported: silu, gelu_pytorch_tanh",
         );
         check_error(
-            json!({"quantization_config": {"quant_method": "gptq"}}),
-            "quantization_config: gptq is not supported; supported: weights in f32, f16 or bf16",
+            json!({"quantization_config": {"quant_method": "bitsandbytes"}}),
+            "quantization_config.quant_method: bitsandbytes is not supported; supported: gptq, awq, fp8, fbgemm_fp8, \
+             compressed-tensors, mxfp4",
         );
     }
 

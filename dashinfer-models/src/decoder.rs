@@ -9,10 +9,10 @@
 use dashinfer_kernels::{Activation, Backend, Issue, KernelError, QkNorm, Rope, SampleRow, Sampled, StepRows};
 
 use crate::{
-    Attention, Experts, ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization, StepLimits,
-    WeightCache, WeightSource, WeightsFrom,
+    Attention, Conversion, Experts, ForwardBatch, ForwardError, LoadError, LoadProgress, ModelSpec, Quantization,
+    StepLimits, WeightCache, WeightSource, WeightsFrom,
     activations::{Activations, AttentionActivations, ExpertActivations, SharedActivations},
-    loader,
+    loader::{self, Loaded},
     weights::{AttentionWeights, ExpertWeights, GatedWeights, LatentQueryWeights, LayerWeights, MlpWeights, Packed},
 };
 
@@ -32,6 +32,7 @@ pub struct Decoder<B: Backend> {
     limits: StepLimits,
     num_logit_rows: usize,
     weights_from: WeightsFrom,
+    conversions: Vec<Conversion>,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -72,10 +73,11 @@ impl<B: Backend> Decoder<B> {
             let (what, backend) = (feature.to_string(), backend.name());
             return Err(KernelError::Unsupported { op: "load", what, backend }.into());
         }
-        let (weights, weights_from) = loader::load(&backend, &spec, source, quantization, cache, on_progress)?;
+        let loaded = loader::load(&backend, &spec, source, quantization, cache, on_progress)?;
+        let Loaded { weights, weights_from, conversions } = loaded;
         let activations = Activations::new(&backend, &spec, limits)?;
         let ropes = spec.ropes.iter().map(|rope| rope.rope(spec.max_positions)).collect();
-        Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0, weights_from })
+        Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0, weights_from, conversions })
     }
 
     /// What the model is.
@@ -86,6 +88,11 @@ impl<B: Backend> Decoder<B> {
     /// Where the weights came from.
     pub fn weights_from(&self) -> &WeightsFrom {
         &self.weights_from
+    }
+
+    /// What became of the weights that were stored quantized.
+    pub fn conversions(&self) -> &[Conversion] {
+        &self.conversions
     }
 
     /// The largest step there is room for.

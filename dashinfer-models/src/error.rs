@@ -188,11 +188,23 @@ pub enum WeightsError {
         found: Vec<usize>,
     },
     /// A tensor of a type that we do not read.
-    #[error("tensor {name} is stored as {found}, wanted f32, f16 or bf16")]
+    #[error("tensor {name} is stored as {found}, wanted {wanted}")]
     DType {
         /// The tensor.
         name: String,
         /// The stored type.
+        found: String,
+        /// What would do.
+        wanted: String,
+    },
+    /// A tensor of a quantized weight whose contents cannot be.
+    #[error("tensor {name}: wanted {wanted}, found {found}")]
+    Value {
+        /// The tensor.
+        name: String,
+        /// What would do.
+        wanted: String,
+        /// What is there.
         found: String,
     },
     /// Tensors which the model has no use for: it is another model than the config says.

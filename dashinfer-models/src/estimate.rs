@@ -3,10 +3,11 @@
 use dashinfer_kernels::{CacheType, DType, LatentHeads, Scheme};
 
 use crate::{
-    ModelSpec, Quantization, StepLimits, StoredType, WeightSource, WeightsError,
+    ModelSpec, Quantization, StepLimits, StoredQuantization, WeightSource, WeightsError,
     activations::Widths,
-    loader::{common_type, float_type, prove},
-    weights::{Fill, LinearPlan, Part, Plan, VectorPlan},
+    formats::{HeadsForm, MatrixForm},
+    loader::prove,
+    weights::{Fill, LinearPlan, Plan, VectorPlan},
 };
 
 /// Bytes of device memory that a model will take.
@@ -36,9 +37,9 @@ impl MemoryEstimate {
         quantization: Quantization,
         packed_bytes: &PackedBytes<'_>,
     ) -> Result<Self, WeightsError> {
-        let plan = Plan::new(spec);
+        let (plan, stored) = (Plan::new(spec), spec.stored_quantization.as_ref());
         prove(spec, &plan, source)?;
-        let mut sum = Sum { source, quantization, packed_bytes, bytes: 0 };
+        let mut sum = Sum { source, stored, quantization, packed_bytes, bytes: 0 };
         plan.fill(&mut sum)?;
         Ok(Self {
             weight_bytes: sum.bytes,
@@ -53,26 +54,21 @@ pub type PackedBytes<'a> = dyn Fn(usize, usize, DType, Option<Scheme>) -> usize 
 
 struct Sum<'a> {
     source: &'a dyn WeightSource,
+    stored: Option<&'a StoredQuantization>,
     quantization: Quantization,
     packed_bytes: &'a PackedBytes<'a>,
     bytes: u64,
-}
-
-impl Sum<'_> {
-    fn stored_type(&self, part: &Part) -> Result<DType, WeightsError> {
-        let name = part.weight();
-        let info = self.source.info(&name);
-        float_type(&name, info.map_or(StoredType::Float(DType::F32), |info| info.dtype))
-    }
 }
 
 impl Fill<(), (), ()> for Sum<'_> {
     type Error = WeightsError;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<(), WeightsError> {
-        let scheme = self.quantization.scheme(plan.role);
-        let types = plan.parts.iter().map(|part| self.stored_type(part)).collect::<Result<Vec<_>, _>>()?;
-        self.bytes += (self.packed_bytes)(plan.rows(), plan.cols, common_type(types), scheme) as u64;
+        let form = MatrixForm::new(plan, self.source, self.stored, self.quantization)?;
+        self.bytes += (self.packed_bytes)(plan.rows(), plan.cols, form.dtype, form.scheme) as u64;
+        if form.order {
+            self.bytes += (plan.cols * size_of::<u32>()) as u64;
+        }
         if plan.bias {
             self.bytes += (plan.rows() * size_of::<f32>()) as u64;
         }
@@ -89,7 +85,11 @@ impl Fill<(), (), ()> for Sum<'_> {
     }
 
     fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<()>, WeightsError> {
-        Ok(LatentHeads { queries: self.linear(&plan.queries)?, values: self.linear(&plan.values)? })
+        let form = HeadsForm::new(plan, self.source, self.stored, self.quantization)?;
+        for plan in [&plan.queries, &plan.values] {
+            self.bytes += (self.packed_bytes)(plan.rows(), plan.cols, form.dtype, None) as u64;
+        }
+        Ok(LatentHeads { queries: (), values: () })
     }
 }
 

@@ -110,6 +110,19 @@ impl<'a> Object<'a> {
         self.typed(key, "an object", |value| Some(Object::new(value.as_object()?, key)))
     }
 
+    /// The objects in an object of objects, in the order of their keys.
+    pub(crate) fn objects(&self, key: &str) -> Result<Option<Vec<Object<'a>>>, ConfigError> {
+        self.typed(key, "an object of objects", |value| {
+            let entries = value.as_object()?.iter();
+            entries.map(|(name, value)| Some(Object::new(value.as_object()?, name))).collect()
+        })
+    }
+
+    /// Whether it has no keys.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
     /// Whether any value is itself an object.
     pub(crate) fn nests(&self) -> bool {
         self.map.values().any(Value::is_object)

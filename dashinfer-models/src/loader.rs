@@ -2,12 +2,14 @@
 
 use std::{borrow::Cow, collections::HashSet};
 
-use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, cpu::to_bytes, to_f32};
+use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, StoredMatrix, cpu::to_bytes, to_f32};
 
 use crate::{
-    CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
+    CacheFault, Conversion, LoadError, ModelSpec, Quantization, StoredQuantization, StoredType, WeightCache,
+    WeightSource, WeightsError, WeightsFrom,
+    formats::{self, HeadsForm, MatrixForm},
     weight_cache::{StoredWeights, Writer},
-    weights::{Fill, LinearPlan, Packed, Plan, StoredHeads, VectorPlan},
+    weights::{Fill, LinearPlan, Packed, Part, Plan, StoredHeads, VectorPlan},
 };
 
 /// How far loading has come.
@@ -24,8 +26,12 @@ pub struct LoadProgress {
     pub bytes_total: u64,
 }
 
-/// The weights, and where they came from.
-type Loaded<B> = (Packed<B>, WeightsFrom);
+/// The weights, where they came from, and what became of those that were stored quantized.
+pub(crate) struct Loaded<B: Backend> {
+    pub(crate) weights: Packed<B>,
+    pub(crate) weights_from: WeightsFrom,
+    pub(crate) conversions: Vec<Conversion>,
+}
 
 /// Loads the weights of `spec`, from `cache` if they are there, else into it, and calls `on_progress` after each matrix or vector
 /// that was packed.
@@ -40,80 +46,76 @@ pub(crate) fn load<B: Backend>(
     cache: Option<&WeightCache>,
     on_progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, LoadError> {
-    let plan = Plan::new(spec);
+    let (plan, stored) = (Plan::new(spec), spec.stored_quantization.as_ref());
     let progress = prove(spec, &plan, source)?;
-    let Some(file) = cache.and_then(|cache| cache.file(backend, &plan, source, quantization)) else {
-        let mut loader = Loader { backend, source, quantization, writer: None, progress, on_progress };
-        return Ok((plan.fill(&mut loader)?, WeightsFrom::Source));
+    let conversions = formats::conversions(&plan, source, stored, quantization)?;
+    let Some(file) = cache.and_then(|cache| cache.file(backend, &plan, source, stored, quantization)) else {
+        let mut loader = Loader { backend, source, stored, quantization, writer: None, progress, on_progress };
+        let weights = plan.fill(&mut loader)?;
+        return Ok(Loaded { weights, weights_from: WeightsFrom::Source, conversions });
     };
-    let stored = StoredWeights::open(&file, backend);
-    let replaced = match stored.and_then(|stored| stored.map(|s| take(&plan, s, source, quantization)).transpose()) {
+    let kept = StoredWeights::open(&file, backend);
+    let replaced = match kept.and_then(|kept| kept.map(|k| take(&plan, k, source, stored, quantization)).transpose()) {
         Ok(Some(weights)) => {
             let (tensors_done, bytes_done) = (progress.tensors_total, progress.bytes_total);
             on_progress(LoadProgress { tensors_done, bytes_done, ..progress });
-            return Ok((weights, WeightsFrom::Cache));
+            return Ok(Loaded { weights, weights_from: WeightsFrom::Cache, conversions });
         }
         Ok(None) => None,
         Err(fault) => Some(fault),
     };
     let writer = Some(file.writer()?);
-    let mut loader = Loader { backend, source, quantization, writer, progress, on_progress };
+    let mut loader = Loader { backend, source, stored, quantization, writer, progress, on_progress };
     let weights = plan.fill(&mut loader)?;
     let weights_from = loader.writer.map_or(WeightsFrom::Source, |writer| writer.finish(replaced));
-    Ok((weights, weights_from))
+    Ok(Loaded { weights, weights_from, conversions })
 }
 
 /// Takes all weights of a plan from a file.
 fn take<B: Backend>(
     plan: &Plan,
-    stored: StoredWeights<'_, B>,
+    kept: StoredWeights<'_, B>,
     source: &dyn WeightSource,
+    stored: Option<&StoredQuantization>,
     quantization: Quantization,
 ) -> Result<Packed<B>, CacheFault> {
-    let mut taker = Taker { stored, source, quantization };
+    let mut taker = Taker { kept, source, stored, quantization };
     let weights = plan.fill(&mut taker)?;
-    taker.stored.finish()?;
+    taker.kept.finish()?;
     Ok(weights)
 }
 
 /// What a matrix of the plan is when it is packed.
-fn packed_shape(source: &dyn WeightSource, plan: &LinearPlan, quantization: Quantization) -> PackedShape {
-    let types = plan.parts.iter().filter_map(|part| match source.info(&part.weight())?.dtype {
-        StoredType::Float(dtype) => Some(dtype),
-        StoredType::Other(_) => None, // the proof has refused it
-    });
-    let (dtype, scheme) = (common_type(types), quantization.scheme(plan.role));
-    PackedShape { rows: plan.rows(), cols: plan.cols, dtype, scheme, bias: plan.bias }
+fn packed_shape(plan: &LinearPlan, form: &MatrixForm) -> PackedShape {
+    let &MatrixForm { dtype, scheme, order, .. } = form;
+    PackedShape { rows: plan.rows(), cols: plan.cols, dtype, scheme, bias: plan.bias, order }
 }
 
 /// The proof: every parameter has a tensor of its shape and of a type that we read, and every tensor is used or may be
 /// ignored. Returns what there is to load.
 pub(crate) fn prove(spec: &ModelSpec, plan: &Plan, source: &dyn WeightSource) -> Result<LoadProgress, WeightsError> {
-    let wanted = plan.tensors();
+    let stored = spec.stored_quantization.as_ref();
+    let wanted = formats::wanted(plan, source, stored)?;
     let mut missing = Vec::new();
     let mut bytes_total = 0;
-    for (name, shape) in &wanted {
-        let Some(info) = source.info(name) else {
-            missing.push((name, shape));
-            continue;
-        };
-        if info.shape != *shape {
-            return Err(WeightsError::Shape { name: name.clone(), wanted: shape.clone(), found: info.shape });
+    for tensor in &wanted {
+        match tensor.check(source)? {
+            Some(bytes) => bytes_total += bytes as u64,
+            None => missing.push(tensor),
         }
-        bytes_total += (shape.iter().product::<usize>() * float_type(name, info.dtype)?.size_bytes()) as u64;
     }
     match missing[..] {
         [] => {}
-        [(name, _)] if plan.head_weight().as_ref() == Some(name) => return Err(WeightsError::MissingHead),
-        [(name, shape), ref rest @ ..] => {
-            return Err(WeightsError::Missing { name: name.clone(), shape: shape.clone(), more: rest.len() });
+        [tensor] if plan.head_weight().as_ref() == Some(&tensor.name) => return Err(WeightsError::MissingHead),
+        [tensor, ref rest @ ..] => {
+            let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+            return Err(WeightsError::Missing { name, shape, more: rest.len() });
         }
     }
-    let used: HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
-    let left = source
-        .names()
-        .into_iter()
-        .filter(|name| !used.contains(name) && !plan.ignores(&spec.names, name) && !spec.is_extra(name));
+    let used: HashSet<&str> = wanted.iter().map(|tensor| tensor.name.as_str()).collect();
+    let is_used = |name: &&str| used.contains(name) || plan.ignores(&spec.names, name) || spec.is_extra(name);
+    let unused = source.names().into_iter().filter(|name| !is_used(name));
+    let left = unused.filter(|name| !formats::ignores(stored, source, name));
     let mut left: Vec<&str> = left.collect();
     left.sort_unstable();
     if let [first, rest @ ..] = &left[..] {
@@ -129,17 +131,20 @@ pub(crate) fn common_type(types: impl IntoIterator<Item = DType>) -> DType {
     if types.all(|other| other == first) { first } else { DType::F32 }
 }
 
-pub(crate) fn float_type(name: &str, stored: StoredType) -> Result<DType, WeightsError> {
+fn float_type(name: &str, stored: StoredType) -> Result<DType, WeightsError> {
     match stored {
         StoredType::Float(dtype) => Ok(dtype),
-        StoredType::Other(found) => Err(WeightsError::DType { name: name.to_owned(), found }),
+        StoredType::Other(found) => {
+            Err(WeightsError::DType { name: name.to_owned(), found, wanted: formats::Types::Float.to_string() })
+        }
     }
 }
 
 /// Takes from a file what was packed before, in place of a source that was proven.
 struct Taker<'a, B> {
-    stored: StoredWeights<'a, B>,
+    kept: StoredWeights<'a, B>,
     source: &'a dyn WeightSource,
+    stored: Option<&'a StoredQuantization>,
     quantization: Quantization,
 }
 
@@ -147,19 +152,25 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Taker<'_, B> {
     type Error = CacheFault;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, CacheFault> {
-        self.stored.matrix(&packed_shape(self.source, plan, self.quantization))
+        let form = MatrixForm::new(plan, self.source, self.stored, self.quantization);
+        // The proof has had all forms.
+        let form = form.map_err(|error| CacheFault::Header(error.to_string()))?;
+        self.kept.matrix(&packed_shape(plan, &form))
     }
 
     fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, CacheFault> {
-        self.stored.vector(plan.len)
+        self.kept.vector(plan.len)
     }
 
     fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<B::Linear>, CacheFault> {
-        Ok(LatentHeads { queries: self.linear(&plan.queries)?, values: self.linear(&plan.values)? })
+        let form = HeadsForm::new(plan, self.source, self.stored, self.quantization);
+        let form = form.map_err(|error| CacheFault::Header(error.to_string()))?; // the proof has had it
+        let mut take = |plan| self.kept.matrix(&form.packed_shape(plan));
+        Ok(LatentHeads { queries: take(&plan.queries)?, values: take(&plan.values)? })
     }
 
     fn experts(&mut self, gate_up: Vec<B::Linear>, down: Vec<B::Linear>) -> Result<B::Experts, CacheFault> {
-        self.stored.experts(gate_up, down)
+        self.kept.experts(gate_up, down)
     }
 }
 
@@ -167,6 +178,7 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Taker<'_, B> {
 struct Loader<'a, B> {
     backend: &'a B,
     source: &'a mut dyn WeightSource,
+    stored: Option<&'a StoredQuantization>,
     quantization: Quantization,
     /// Stores what was packed.
     writer: Option<Writer>,
@@ -216,12 +228,12 @@ impl<B> Loader<'_, B> {
     }
 
     /// Gives `tensors` back and counts them.
-    fn finish(&mut self, tensors: &[String], stored_bytes: usize) {
+    fn finish(&mut self, tensors: &[String]) {
         for name in tensors {
             self.source.release(name);
+            self.progress.bytes_done += self.source.info(name).map_or(0, |info| formats::stored_bytes(&info) as u64);
         }
         self.progress.tensors_done += tensors.len();
-        self.progress.bytes_done += stored_bytes as u64;
         (self.on_progress)(self.progress);
     }
 }
@@ -230,46 +242,25 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
     type Error = LoadError;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, LoadError> {
-        let mut names: Vec<String> = plan.parts.iter().map(|part| part.weight()).collect();
-        let tensors = plan.parts.iter().zip(&names).map(|(part, name)| self.read(name, &[part.rows, plan.cols]));
-        let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
-        let mut stored_bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
-
-        let mut bias = Vec::new();
-        if plan.bias {
-            for part in &plan.parts {
-                names.push(part.bias());
-                let tensor = self.read(&part.bias(), &[part.rows])?;
-                stored_bytes += tensor.bytes.len();
-                bias.extend(tensor.to_f32());
-            }
-        }
-        let dtype = common_type(tensors.iter().map(|tensor| tensor.dtype));
-        let tensors = tensors.into_iter().map(|tensor| tensor.into_type(dtype));
-        let tensors: Vec<_> = if plan.unit_rows {
-            tensors.map(|tensor| tensor.with_unit_rows(plan.cols)).collect()
+        let form = MatrixForm::new(plan, &*self.source, self.stored, self.quantization)?;
+        let (mut names, bias) = (Vec::new(), self.bias(plan)?);
+        let packed = if form.is_stored() {
+            self.pack_stored(plan, &form, bias.as_deref(), &mut names)?
         } else {
-            tensors.collect()
+            self.pack(plan, &form, bias.as_deref(), &mut names)?
         };
-        let views: Vec<_> = plan
-            .parts
-            .iter()
-            .zip(&tensors)
-            .map(|(part, tensor)| MatrixView { bytes: &tensor.bytes, dtype, rows: part.rows, cols: plan.cols })
-            .collect();
-        let packed = self.backend.pack(&views, plan.bias.then_some(&bias[..]), self.quantization.scheme(plan.role))?;
-        drop(views);
-        drop(tensors);
-        if let Some(writer) = &mut self.writer {
-            writer.matrix(self.backend, &packed_shape(self.source, plan, self.quantization), &packed);
+        if plan.bias {
+            names.extend(plan.parts.iter().map(Part::bias));
         }
-        self.finish(&names, stored_bytes);
+        if let Some(writer) = &mut self.writer {
+            writer.matrix(self.backend, &packed_shape(plan, &form), &packed);
+        }
+        self.finish(&names);
         Ok(packed)
     }
 
     fn vector(&mut self, plan: &VectorPlan) -> Result<B::Vector, LoadError> {
         let tensor = self.read(&plan.name, &[plan.len])?;
-        let stored_bytes = tensor.bytes.len();
         let mut values = tensor.to_f32();
         drop(tensor);
         values.iter_mut().for_each(|value| *value += plan.offset);
@@ -277,28 +268,41 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
         if let Some(writer) = &mut self.writer {
             writer.vector(self.backend, &values);
         }
-        self.finish(std::slice::from_ref(&plan.name), stored_bytes);
+        self.finish(std::slice::from_ref(&plan.name));
         Ok(vector)
     }
 
     fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<B::Linear>, LoadError> {
-        let stored = StoredHeads::new(plan);
-        let name = stored.part.weight();
-        let tensor = self.read(&name, &stored.shape())?;
-        let (dtype, stored_bytes) = (tensor.dtype, tensor.bytes.len());
-        let [queries, values] = split_heads(&stored, &tensor.bytes, dtype.size_bytes());
-        drop(tensor);
+        let heads = StoredHeads::new(plan);
+        let form = HeadsForm::new(plan, self.source, self.stored, self.quantization)?;
+        let dtype = form.dtype;
+        let (names, [queries, values]) = match &form.stored {
+            Some(module) => {
+                let [rows, cols] = heads.shape();
+                let mut all = vec![0.0; rows * cols];
+                module.open(self.source)?.values(0..rows, 0..cols, &mut all);
+                let names: Vec<String> = module.names().map(str::to_owned).collect();
+                (names, split_heads(&heads, &to_bytes(&all, dtype), dtype.size_bytes()))
+            }
+            None => {
+                let name = heads.part.weight();
+                let tensor = self.read(&name, &heads.shape())?;
+                let split = split_heads(&heads, &tensor.bytes, dtype.size_bytes());
+                drop(tensor);
+                (vec![name], split)
+            }
+        };
         let pack = |loader: &mut Self, plan: &LinearPlan, bytes: Vec<u8>| -> Result<B::Linear, LoadError> {
             let view = MatrixView { bytes: &bytes, dtype, rows: plan.rows(), cols: plan.cols };
-            let packed = loader.backend.pack(&[view], None, loader.quantization.scheme(plan.role))?;
+            let packed = loader.backend.pack(&[view], None, None)?;
             if let Some(writer) = &mut loader.writer {
-                writer.matrix(loader.backend, &packed_shape(loader.source, plan, loader.quantization), &packed);
+                writer.matrix(loader.backend, &form.packed_shape(plan), &packed);
             }
             Ok(packed)
         };
         let heads =
             LatentHeads { queries: pack(self, &plan.queries, queries)?, values: pack(self, &plan.values, values)? };
-        self.finish(&[name], stored_bytes);
+        self.finish(&names);
         Ok(heads)
     }
 
@@ -327,10 +331,90 @@ fn split_heads(stored: &StoredHeads<'_>, bytes: &[u8], size: usize) -> [Vec<u8>;
     [keys, values]
 }
 
+impl<B: Backend> Loader<'_, B> {
+    fn bias(&self, plan: &LinearPlan) -> Result<Option<Vec<f32>>, WeightsError> {
+        let mut bias = Vec::new();
+        if plan.bias {
+            for part in &plan.parts {
+                bias.extend(self.read(&part.bias(), &[part.rows])?.to_f32());
+            }
+        }
+        Ok(plan.bias.then_some(bias))
+    }
+
+    /// Packs weights that are stored in floating point; adds the names of their tensors to `names`.
+    fn pack(
+        &self,
+        plan: &LinearPlan,
+        form: &MatrixForm,
+        bias: Option<&[f32]>,
+        names: &mut Vec<String>,
+    ) -> Result<B::Linear, LoadError> {
+        let tensors = plan.parts.iter().map(|part| self.read(&part.weight(), &[part.rows, plan.cols]));
+        let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
+        let dtype = form.dtype;
+        let tensors = tensors.into_iter().map(|tensor| tensor.into_type(dtype));
+        let tensors: Vec<_> = if plan.unit_rows {
+            tensors.map(|tensor| tensor.with_unit_rows(plan.cols)).collect()
+        } else {
+            tensors.collect()
+        };
+        let views: Vec<_> = plan
+            .parts
+            .iter()
+            .zip(&tensors)
+            .map(|(part, tensor)| MatrixView { bytes: &tensor.bytes, dtype, rows: part.rows, cols: plan.cols })
+            .collect();
+        names.extend(plan.parts.iter().map(Part::weight));
+        Ok(self.backend.pack(&views, bias, form.scheme)?)
+    }
+
+    /// Packs weights of which some, or all, are stored quantized; adds the names of their tensors to `names`.
+    fn pack_stored(
+        &self,
+        plan: &LinearPlan,
+        form: &MatrixForm,
+        bias: Option<&[f32]>,
+        names: &mut Vec<String>,
+    ) -> Result<B::Linear, LoadError> {
+        let mut dense = Vec::new();
+        for (part, stored) in plan.parts.iter().zip(&form.parts) {
+            match stored {
+                Some(module) => names.extend(module.names().map(str::to_owned)),
+                None => {
+                    names.push(part.weight());
+                    dense.push((part.rows, self.read(&part.weight(), &[part.rows, plan.cols])?));
+                }
+            }
+        }
+        let mut views = Vec::with_capacity(dense.len());
+        for (rows, tensor) in &dense {
+            views.push(MatrixView { bytes: &tensor.bytes, dtype: tensor.dtype, rows: *rows, cols: plan.cols });
+        }
+        let opened = form.parts.iter().flatten().map(|module| module.open(&*self.source));
+        let opened = opened.collect::<Result<Vec<_>, _>>()?;
+        let (mut opened_parts, mut dense_parts) = (opened.iter(), views.iter());
+        let parts: Vec<&dyn StoredMatrix> = form
+            .parts
+            .iter()
+            .filter_map(|part| match part {
+                Some(_) => opened_parts.next().map(|part| &**part),
+                None => dense_parts.next().map(|part| part as &dyn StoredMatrix),
+            })
+            .collect();
+        Ok(self.backend.pack_stored(&parts, bias, form.scheme)?)
+    }
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use dashinfer_kernels::{
+        CacheType,
+        cpu::{CpuBackend, CpuConfig, CpuLinear, packed_bytes},
+    };
+
     use super::*;
-    use crate::weights::Part;
+    use crate::{Checkpoint, MemoryEstimate, StepLimits};
 
     #[test]
     fn heads_are_split_and_their_keys_transposed() {
@@ -342,5 +426,91 @@ mod tests {
         let [queries, values] = split_heads(&stored, &bytes, 2);
         assert_eq!(queries, elements(&[1, 4, 2, 5, 3, 6, 11, 14, 12, 15, 13, 16]));
         assert_eq!(values, elements(&[7, 8, 9, 17, 18, 19]));
+    }
+
+    /// The two matrices of `plan`, and how many tensors and bytes were counted.
+    pub(crate) fn pack_heads(
+        source: &mut dyn WeightSource,
+        stored: Option<&StoredQuantization>,
+        quantization: Quantization,
+        plan: &LatentHeads<LinearPlan>,
+    ) -> (LatentHeads<CpuLinear>, usize, u64) {
+        let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
+        let (backend, on_progress) = (&backend, &mut |_| ());
+        let progress = LoadProgress { tensors_done: 0, tensors_total: 0, bytes_done: 0, bytes_total: 0 };
+        let mut loader = Loader { backend, source, stored, quantization, writer: None, progress, on_progress };
+        let heads = loader.heads(plan).unwrap();
+        (heads, loader.progress.tensors_done, loader.progress.bytes_done)
+    }
+
+    /// Packs one thing after the other and adds up what they take.
+    struct Sum<'a>(Loader<'a, CpuBackend>, u64);
+
+    impl Sum<'_> {
+        fn add(&mut self, matrix: &CpuLinear, bias: bool) {
+            self.1 += (matrix.bytes() + if bias { 4 * matrix.rows() } else { 0 }) as u64;
+        }
+    }
+
+    impl Fill<(), (), ()> for Sum<'_> {
+        type Error = LoadError;
+
+        fn linear(&mut self, plan: &LinearPlan) -> Result<(), LoadError> {
+            let packed = self.0.linear(plan)?;
+            self.add(&packed, plan.bias);
+            Ok(())
+        }
+
+        fn vector(&mut self, plan: &VectorPlan) -> Result<(), LoadError> {
+            self.1 += 4 * self.0.vector(plan)?.len() as u64;
+            Ok(())
+        }
+
+        fn heads(&mut self, plan: &LatentHeads<LinearPlan>) -> Result<LatentHeads<()>, LoadError> {
+            let LatentHeads { queries, values } = self.0.heads(plan)?;
+            self.add(&queries, false);
+            self.add(&values, false);
+            Ok(LatentHeads { queries: (), values: () })
+        }
+
+        fn experts(&mut self, _: Vec<()>, _: Vec<()>) -> Result<(), LoadError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_estimate_is_the_sum_of_what_is_packed() {
+        let goldens = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens");
+        let folders = std::fs::read_dir(goldens).unwrap().map(|entry| entry.unwrap().path());
+        let quantizations = ["stored", "none", "a16w4-g32", "a8w8"].map(|name| name.parse::<Quantization>().unwrap());
+        for folder in folders.filter(|path| path.is_dir()) {
+            let spec = ModelSpec::read(&folder).unwrap();
+            let (plan, stored) = (Plan::new(&spec), spec.stored_quantization.as_ref());
+            for quantization in quantizations {
+                let mut source = Checkpoint::open(&folder).unwrap();
+                let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
+                let f32 = DType::F32;
+                let estimate =
+                    MemoryEstimate::new(&spec, &source, f32, CacheType::F32, limits, quantization, &packed_bytes);
+                let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
+                let progress = prove(&spec, &plan, &source).unwrap();
+                let mut last = progress;
+                let mut on_progress = |progress| last = progress;
+                let loader = Loader {
+                    backend: &backend,
+                    source: &mut source,
+                    stored,
+                    quantization,
+                    writer: None,
+                    progress,
+                    on_progress: &mut on_progress,
+                };
+                let mut sum = Sum(loader, 0);
+                plan.fill(&mut sum).unwrap();
+                assert_eq!(estimate.unwrap().weight_bytes, sum.1, "{folder:?} {quantization:?}");
+                let wanted = (last.tensors_total, last.bytes_total);
+                assert_eq!((last.tensors_done, last.bytes_done), wanted, "{folder:?} {quantization:?}");
+            }
+        }
     }
 }

@@ -1,21 +1,48 @@
-//! Which weights are quantized while they are loaded.
+//! Which weights are quantized while they are loaded, and what becomes of those that already are.
 
 use std::str::FromStr;
 
 use dashinfer_kernels::{Group, Scheme, UnknownScheme};
 
-use crate::weights::Role;
+use crate::{ModelSpec, weights::Role};
 
 /// How the weights of a model are quantized while they are loaded, without calibration. Norms and biases never are.
+///
+/// Of a checkpoint that was quantized before it was stored, [`AS_STORED`](Self::AS_STORED), the default, keeps the stored integers
+/// where there are kernels for them, and takes the nearest scheme where there are none, [`NONE`](Self::NONE) makes f32 of them, and a
+/// scheme keeps them if it can hold them, else their values are quantized anew.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Quantization {
-    layers: Option<Scheme>,
-    vocabulary: Option<Scheme>,
+    layers: Choice,
+    vocabulary: Choice,
+}
+
+/// What becomes of some weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Choice {
+    #[default]
+    AsStored,
+    /// Floating point, whatever they are stored as.
+    Dense,
+    Scheme(Scheme),
+}
+
+impl Choice {
+    /// Of weights that are stored in floating point.
+    pub(crate) const fn scheme(self) -> Option<Scheme> {
+        match self {
+            Self::AsStored | Self::Dense => None,
+            Self::Scheme(scheme) => Some(scheme),
+        }
+    }
 }
 
 impl Quantization {
-    /// Every weight as it is stored.
-    pub const NONE: Self = Self { layers: None, vocabulary: None };
+    /// Every weight as it is stored, quantized or not.
+    pub const AS_STORED: Self = Self { layers: Choice::AsStored, vocabulary: Choice::AsStored };
+
+    /// Every weight in floating point: as it is stored, or in f32 if it is stored quantized.
+    pub const NONE: Self = Self { layers: Choice::Dense, vocabulary: Choice::Dense };
 
     /// All linear operators of the layers by `scheme`; the embedding and the head by it too if it has 8-bit weights, else by
     /// [`A16W8`](Scheme::A16W8) with groups of 32, since tokens that look alike differ by little there.
@@ -25,43 +52,66 @@ impl Quantization {
             Scheme::A16W4 { .. } | Scheme::A8W4 { .. } => Scheme::A16W8 { group: Some(Group::G32) },
             other => other,
         };
-        Self { layers: Some(scheme), vocabulary: Some(vocabulary) }
+        Self { layers: Choice::Scheme(scheme), vocabulary: Choice::Scheme(vocabulary) }
     }
 
     /// The embedding and the head by `scheme` instead, or with `None` as they are stored.
     #[must_use]
     pub const fn vocabulary(mut self, scheme: Option<Scheme>) -> Self {
-        self.vocabulary = scheme;
+        self.vocabulary = match scheme {
+            Some(scheme) => Choice::Scheme(scheme),
+            None => Choice::AsStored,
+        };
         self
     }
 
-    /// The scheme of the layers' linear operators.
+    /// The scheme of the layers' linear operators, if it does not depend on how they are stored.
     #[must_use]
     pub const fn layers_scheme(&self) -> Option<Scheme> {
-        self.layers
+        self.layers.scheme()
     }
 
-    /// The scheme of the embedding and the head.
+    /// The scheme of the embedding and the head, if it does not depend on how they are stored.
     #[must_use]
     pub const fn vocabulary_scheme(&self) -> Option<Scheme> {
-        self.vocabulary
+        self.vocabulary.scheme()
     }
 
-    pub(crate) fn scheme(&self, role: Role) -> Option<Scheme> {
+    /// Whether products with weights of `spec` round their activations, which takes memory beside them.
+    #[must_use]
+    pub fn rounds_activations(&self, spec: &ModelSpec) -> bool {
+        let rounds = |choice| match choice {
+            Choice::AsStored => spec.stored_quantization.is_some(),
+            Choice::Dense => false,
+            Choice::Scheme(_) => true,
+        };
+        rounds(self.layers) || rounds(self.vocabulary)
+    }
+
+    pub(crate) fn choice(&self, role: Role) -> Choice {
         match role {
             Role::Layer => self.layers,
             Role::Vocabulary => self.vocabulary,
-            Role::Latent | Role::Router => None,
+            // Never quantized.
+            Role::Router => Choice::Dense,
+            Role::Latent => match self.layers {
+                Choice::Dense => Choice::Dense,
+                Choice::AsStored | Choice::Scheme(_) => Choice::AsStored,
+            },
         }
     }
 }
 
-/// `none`, or the name of a [`Scheme`].
+/// `stored`, `none`, or the name of a [`Scheme`].
 impl FromStr for Quantization {
     type Err = UnknownScheme;
 
     fn from_str(text: &str) -> Result<Self, UnknownScheme> {
-        if text == "none" { Ok(Self::NONE) } else { text.parse().map(Self::new) }
+        match text {
+            "stored" => Ok(Self::AS_STORED),
+            "none" => Ok(Self::NONE),
+            scheme => scheme.parse().map(Self::new),
+        }
     }
 }
 
@@ -80,6 +130,7 @@ mod tests {
         let of = |text: &str| text.parse::<Quantization>().unwrap();
         let group = Some(Group::G32);
         assert_eq!(of("none"), Quantization::NONE);
+        assert_eq!(of("stored"), Quantization::default());
         assert_eq!(of("a8w8").vocabulary_scheme(), Some(Scheme::A8W8));
         let int4 = of("a16w4-g128-zp");
         assert_eq!(int4.layers_scheme(), Some(Scheme::A16W4 { group: Group::G128, zero_point: true }));

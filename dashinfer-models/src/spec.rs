@@ -7,7 +7,7 @@ use dashinfer_kernels::{
     LatentParams, Routing,
 };
 
-use crate::{ConfigError, HfConfig, RopeSpec, TensorNames};
+use crate::{ConfigError, HfConfig, RopeSpec, StoredQuantization, TensorNames};
 
 const SIZES: RangeInclusive<usize> = 1..=1 << 20;
 const MLP_SIZES: RangeInclusive<usize> = 1..=1 << 22;
@@ -63,6 +63,8 @@ pub struct ModelSpec {
     pub unit_head: bool,
     /// What checkpoints call the parameters.
     pub names: TensorNames,
+    /// How weights were quantized before they were stored, if they were.
+    pub stored_quantization: Option<StoredQuantization>,
 }
 
 /// How a row looks at those before it.
@@ -266,6 +268,7 @@ impl ModelSpec {
             (grouped.is_none(), Feature::LatentAttention),
             (self.logit_soft_cap.is_some(), Feature::LogitSoftCap),
             (self.experts.is_some(), Feature::Experts),
+            (self.stored_quantization.is_some(), Feature::StoredQuantization),
         ];
         let needed = needed.into_iter().filter_map(|(needed, feature)| needed.then_some(feature));
         let activations = [Some(self.mlp.activation), self.experts.map(|experts| experts.activation)];

@@ -17,8 +17,8 @@ use dashinfer_kernels::{
     cpu::{CpuBackend, CpuConfig, PoolConfig},
 };
 use dashinfer_models::{
-    CacheFault, Decoder, HfConfig, LoadError, ModelSpec, Quantization, RandomWeights, StepLimits, TensorInfo,
-    WeightCache, WeightSource, WeightsFrom,
+    CacheFault, Checkpoint, Decoder, HfConfig, LoadError, ModelSpec, Quantization, RandomWeights, StepLimits,
+    TensorInfo, WeightCache, WeightSource, WeightsFrom,
 };
 
 const LIMITS: StepLimits = StepLimits { max_tokens: 16, max_logit_rows: 16 };
@@ -168,6 +168,33 @@ fn the_second_load_reads_no_weights_and_equals_the_first_to_the_bit() {
         assert!(first.0 == wanted.0 && second.0 == wanted.0, "{dtype} {quantization:?}");
     }
     assert_eq!(folder.files().len(), 3 + Scheme::ALL.len() + 1, "each has a file of its own, and no other is left");
+}
+
+/// Codes as they are stored, some of them reordered; FP8, which is rounded; and both in f32. Each choice has a file of its own.
+#[test]
+fn checkpoints_that_are_stored_quantized_are_kept_as_they_are_packed() {
+    for golden in ["gptq-4bit-g32-desc-act", "awq-4bit-g128", "fp8-block-qwen3"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(golden);
+        let folder = Folder::new();
+        let load = |quantization, cache: Option<&WeightCache>| {
+            let (spec, mut source) = (ModelSpec::read(&path).unwrap(), Checkpoint::open(&path).unwrap());
+            let nobody = &mut |_| ();
+            let decoder = Decoder::load_with_cache(backend(), spec, &mut source, LIMITS, quantization, cache, nobody);
+            let mut decoder = decoder.unwrap();
+            let (from, conversions) = (decoder.weights_from().clone(), decoder.conversions().to_vec());
+            (Runner::new(&mut decoder, 1).step(&[(0, &[3, 1, 4, 1, 5, 9, 2, 6])], Wanted::All), from, conversions)
+        };
+        for quantization in [Quantization::AS_STORED, Quantization::NONE, a16w4()] {
+            let wanted = load(quantization, None);
+            let first = load(quantization, Some(&folder.cache()));
+            assert_stored(&first.1);
+            let second = load(quantization, Some(&folder.cache()));
+            assert_eq!(second.1, WeightsFrom::Cache, "{golden} {quantization:?}");
+            assert!(first.0 == wanted.0 && second.0 == wanted.0, "{golden} {quantization:?}");
+            assert_eq!(second.2, wanted.2, "{golden} {quantization:?}");
+        }
+        assert_eq!(folder.files().len(), 3, "{golden}");
+    }
 }
 
 #[test]

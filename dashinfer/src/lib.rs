@@ -83,7 +83,7 @@ mod text;
 
 pub use dashinfer_kernels::cpu::Isa;
 pub use dashinfer_kernels::{Group, Scheme, UnknownScheme};
-pub use dashinfer_models::{CacheFault, Quantization, WeightsFrom};
+pub use dashinfer_models::{CacheFault, Conversion, Quantization, WeightsFrom};
 pub use engine::{
     Blocking, BlockingTokens, ComputeType, Device, Engine, EngineStats, Estimate, GenerateStream, KvCacheType, Load,
     LoadPhase, ModelInfo, ParseSettingError, Progress, PromptLogits, Source, Tagged, TokenStream, WeightType,

@@ -232,7 +232,7 @@ fn a_config_of_no_model() {
         "max_position_embeddings: wanted 1 to 1073741824, found 1000000000000000",
     );
     check("rms_norm_eps", json!(-1), "rms_norm_eps: wanted above 0 and below 1, found -1");
-    let known = dashinfer_models::FAMILIES.iter().map(|family| family.0).collect::<Vec<_>>().join(", ");
+    let known = dashinfer_models::FAMILIES.iter().map(|family| family.architecture).collect::<Vec<_>>().join(", ");
     check(
         "architectures",
         json!(["LlamaForCausaLM"]),

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{Expected, ExpectedPrompt, complete_all, golden_folders, load, max_abs_diff};
-use dashinfer::{Engine, Request};
+use dashinfer::{Engine, Quantization, Request};
 
 /// In units of the largest logit of the case.
 const LOGITS: f32 = 2e-3;
@@ -29,7 +29,7 @@ impl Case {
             name: folder.file_name().unwrap().to_string_lossy().into_owned(),
             scale: meta["max_abs_logit"].as_f64().unwrap() as f32,
             prompts: Expected::read(folder).prompts("logits"),
-            engine: load(Engine::load(folder)),
+            engine: load(Engine::load(folder).quantize(Quantization::NONE)),
         }
     }
 

@@ -155,7 +155,7 @@ impl Options {
         if let [Some(_), Some(_)] = context {
             return wrong("--context and --decode-context are the same");
         }
-        let mut quantization = args.value::<Scheme>("--quantize")?.map_or(Quantization::NONE, Quantization::new);
+        let mut quantization = args.value::<Scheme>("--quantize")?.map_or(Quantization::AS_STORED, Quantization::new);
         if let Some(Vocabulary(scheme)) = args.value("--quantize-vocabulary")? {
             quantization = quantization.vocabulary(scheme);
         }
@@ -288,6 +288,9 @@ impl Bench {
         println!("one token reads {:.1} MB of weights", self.work.step_bytes(1) / 1e6);
         if self.options.weight_cache.is_some() {
             println!("weights from: {:?}", self.engine.model().weights_from);
+        }
+        for conversion in &self.engine.model().conversions {
+            println!("{conversion}");
         }
         let what = match self.options.device {
             Device::Cpu => format!("f32 multiply-adds ({:?})", self.options.isa),

@@ -20,7 +20,7 @@ use crate::sample::{SampleScratch, sample_row};
 use crate::{
     Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, LatentHeads, LatentParams,
     MatrixView, PackedShape, PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes, StepRows,
-    TensorUse,
+    StoredMatrix, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -135,7 +135,12 @@ impl CpuLinear {
         }
     }
 
-    fn read_row(&self, row: usize, out: &mut [f32]) {
+    /// Row `row` as f32 into `out`, `[K]`: an embedding.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` has another length.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols(), "a row has as many values as there are columns");
         match self {
             Self::Dense(matrix) => matrix.read_row(row, out),
             Self::Quantized(matrix) => matrix.read_row(row, out),
@@ -333,7 +338,8 @@ impl Backend for CpuBackend {
             | Feature::LogitSoftCap
             | Feature::ClampedSwiglu
             | Feature::Experts
-            | Feature::LatentAttention => true,
+            | Feature::LatentAttention
+            | Feature::StoredQuantization => true,
         }
     }
 
@@ -358,6 +364,18 @@ impl Backend for CpuBackend {
         })
     }
 
+    fn pack_stored(
+        &self,
+        parts: &[&dyn StoredMatrix],
+        bias: Option<&[f32]>,
+        scheme: Option<Scheme>,
+    ) -> Result<CpuLinear, KernelError> {
+        Ok(match scheme {
+            None => CpuLinear::Dense(PackedMatrix::pack_stored(parts, bias, &self.pool)?),
+            Some(scheme) => CpuLinear::Quantized(QuantizedMatrix::pack_stored(parts, bias, scheme, &self.pool)?),
+        })
+    }
+
     fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize {
         packed_bytes(rows, cols, dtype, scheme)
     }
@@ -369,7 +387,7 @@ impl Backend for CpuBackend {
     fn export<'a>(&self, matrix: &'a CpuLinear) -> Vec<&'a [u8]> {
         match matrix {
             CpuLinear::Dense(matrix) => matrix.buffers().to_vec(),
-            CpuLinear::Quantized(matrix) => matrix.buffers().to_vec(),
+            CpuLinear::Quantized(matrix) => matrix.buffers(),
         }
     }
 

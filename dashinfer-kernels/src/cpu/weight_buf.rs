@@ -135,7 +135,7 @@ mod tests {
             let bytes = to_bytes(&values, dtype);
             let matrix = backend.pack(&[MatrixView { bytes: &bytes, dtype, rows, cols }], bias, scheme).unwrap();
             let buffers: Vec<_> = backend.export(&matrix).into_iter().map(stored).collect();
-            let shape = PackedShape { rows, cols, dtype, scheme, bias: bias.is_some() };
+            let shape = PackedShape { rows, cols, dtype, scheme, bias: bias.is_some(), order: false };
             check(&backend, &shape, &matrix, &buffers);
         }
     }

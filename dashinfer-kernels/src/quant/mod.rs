@@ -11,11 +11,13 @@ pub(crate) mod activations;
 pub(crate) mod int4;
 pub(crate) mod int8;
 mod scheme;
+pub(crate) mod stored;
 
 use half::f16;
 
 pub(crate) use scheme::{ActivationBits, WeightBits};
 pub use scheme::{Group, Scheme, UnknownScheme};
+pub use stored::{CodeBits, CodeLayout, GroupedCodes, StoredMatrix};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;

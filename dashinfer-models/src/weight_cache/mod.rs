@@ -21,7 +21,11 @@ pub(crate) use checksum::xxh64;
 pub(crate) use read::StoredWeights;
 pub(crate) use write::Writer;
 
-use crate::{LoadError, Quantization, WeightSource, weights::Plan};
+use crate::{
+    LoadError, Quantization, StoredQuantization, WeightSource, formats,
+    quantization::Choice,
+    weights::{Plan, Role},
+};
 
 /// A folder of packed weights; of [`Decoder::load_with_cache`](crate::Decoder::load_with_cache). Safe to share between threads and
 /// processes.
@@ -115,9 +119,10 @@ impl WeightCache {
         backend: &B,
         plan: &Plan,
         source: &dyn WeightSource,
+        stored: Option<&StoredQuantization>,
         quantization: Quantization,
     ) -> Option<CacheFile<'_>> {
-        let key = key(backend.layout()?, plan, source, quantization)?;
+        let key = key(backend.layout()?, plan, source, stored, quantization)?;
         let path = self.folder.join(format!("{:016x}.weights", xxh64(key.as_bytes())));
         Some(CacheFile { folder: &self.folder, path, key })
     }
@@ -136,13 +141,26 @@ impl CacheFile<'_> {
 }
 
 /// All that decides the bytes of a file.
-fn key(layout: &str, plan: &Plan, source: &dyn WeightSource, quantization: Quantization) -> Option<String> {
-    let name = |scheme: Option<dashinfer_kernels::Scheme>| scheme.map_or("as stored".to_owned(), |s| s.to_string());
-    let (layers, vocabulary) = (name(quantization.layers_scheme()), name(quantization.vocabulary_scheme()));
+fn key(
+    layout: &str,
+    plan: &Plan,
+    source: &dyn WeightSource,
+    stored: Option<&StoredQuantization>,
+    quantization: Quantization,
+) -> Option<String> {
+    let name = |role| match quantization.choice(role) {
+        Choice::Scheme(scheme) => scheme.to_string(),
+        Choice::Dense if stored.is_some() => "dense".to_owned(),
+        Choice::Dense | Choice::AsStored => "as stored".to_owned(),
+    };
+    let (layers, vocabulary) = (name(Role::Layer), name(Role::Vocabulary));
     let mut key = format!("layout: {layout}\nlayers: {layers}\nvocabulary: {vocabulary}\n");
-    for (name, shape) in plan.tensors() {
+    if let Some(stored) = stored {
+        let _ = writeln!(key, "stored: {stored:?}"); // writing to a text does not fail
+    }
+    for formats::Wanted { name, shape, .. } in formats::wanted(plan, source, stored).ok()? {
         let dtype = source.info(&name)?.dtype;
-        let _ = writeln!(key, "{name} {shape:?} {dtype:?}"); // writing to a text does not fail
+        let _ = writeln!(key, "{name} {shape:?} {dtype:?}");
     }
     // What is done to stored values on the way.
     if plan.norm.offset != 0.0 {

@@ -19,8 +19,12 @@ pub(crate) struct StoredWeights<'a, B> {
 
 impl What {
     pub(super) fn matrix(shape: &PackedShape) -> Self {
-        let &PackedShape { rows, cols, dtype, scheme, bias } = shape;
-        Self { form: scheme.map_or_else(|| dtype.to_string(), |scheme| scheme.to_string()), rows, cols, bias }
+        let &PackedShape { rows, cols, dtype, scheme, bias, order } = shape;
+        let mut form = scheme.map_or_else(|| dtype.to_string(), |scheme| scheme.to_string());
+        if order {
+            form.push_str(", reordered");
+        }
+        Self { form, rows, cols, bias }
     }
 
     pub(super) fn vector(len: usize) -> Self {

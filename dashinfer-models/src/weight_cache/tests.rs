@@ -21,7 +21,8 @@ fn plan() -> (Plan, RandomWeights) {
 fn the_key_says_all_that_decides_the_bytes() {
     let (plan, source) = plan();
     let quantization = Quantization::new("a16w4-g32".parse().unwrap());
-    let key = |layout, source: &RandomWeights, quantization| super::key(layout, &plan, source, quantization).unwrap();
+    let key =
+        |layout, source: &RandomWeights, quantization| super::key(layout, &plan, source, None, quantization).unwrap();
     let first = key("x", &source, quantization);
     assert!(first.starts_with("layout: x\nlayers: a16w4-g32\nvocabulary: a16w8-g32\n"), "{first}");
     assert!(first.contains("\nmodel.layers.0.mlp.up_proj.weight [24, 16] Float(BF16)\n"), "{first}");
@@ -36,9 +37,9 @@ fn the_key_says_all_that_decides_the_bytes() {
     }
     let mut plan = plan.clone();
     plan.norm.offset = 1.0;
-    let offset = super::key("x", &plan, &source, quantization).unwrap();
+    let offset = super::key("x", &plan, &source, None, quantization).unwrap();
     plan.head.as_mut().unwrap().unit_rows = true;
-    let unit_rows = super::key("x", &plan, &source, quantization).unwrap();
+    let unit_rows = super::key("x", &plan, &source, None, quantization).unwrap();
     assert!(first != offset && first != unit_rows && offset != unit_rows);
 }
 
@@ -77,7 +78,7 @@ fn what_cannot_be_written_is_told_and_leaves_nothing() {
     let folder = TestFolder::new();
     let (plan, source) = plan();
     let cache = WeightCache::new(folder.path().join("a/b"));
-    let file = || cache.file(&backend(), &plan, &source, Quantization::NONE).unwrap();
+    let file = || cache.file(&backend(), &plan, &source, None, Quantization::NONE).unwrap();
     let mut writer = file().writer().unwrap();
     writer.fail(io::ErrorKind::StorageFull.into());
     writer.vector(&backend(), &[1.0]);
@@ -91,7 +92,7 @@ fn a_file_of_other_items_is_refused() {
     let folder = TestFolder::new();
     let (plan, source) = plan();
     let (cache, backend) = (WeightCache::new(folder.path()), backend());
-    let file = || cache.file(&backend, &plan, &source, Quantization::NONE).unwrap();
+    let file = || cache.file(&backend, &plan, &source, None, Quantization::NONE).unwrap();
     let mut writer = file().writer().unwrap();
     writer.vector(&backend, &[1.0, 2.0]);
     assert_eq!(writer.finish(None), WeightsFrom::Stored { replaced: None });

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use dashinfer_kernels::{
     Activation, AttentionParams, Backend, DType, Feature, GroupScore, Issue, KernelError, KvCacheSpec, LatentHeads,
     LatentParams, MatrixView, PagedBatch, QkNorm, Rope, RopePairs, Routing, SampleRow, Sampled, Scheme, Scoring,
-    StepRows, TensorUse, to_f32,
+    StepRows, StoredMatrix, TensorUse, to_f32,
 };
 
 #[derive(Debug, Default)]
@@ -184,6 +184,25 @@ impl Backend for Reference {
             check("pack", "bytes", part.rows * cols * dtype.size_bytes(), part.bytes.len())?;
             matrix.rows += part.rows;
             matrix.data.extend(to_f32(part.bytes, part.dtype));
+        }
+        check("pack", "bias", matrix.rows, bias.map_or(matrix.rows, <[f32]>::len))?;
+        Ok(matrix)
+    }
+
+    fn pack_stored(
+        &self,
+        parts: &[&dyn StoredMatrix],
+        bias: Option<&[f32]>,
+        _: Option<Scheme>,
+    ) -> Result<Matrix, KernelError> {
+        let cols = parts[0].cols();
+        let mut matrix = Matrix { rows: 0, cols, data: Vec::new(), bias: bias.map(<[f32]>::to_vec) };
+        for part in parts {
+            check("pack", "columns", cols, part.cols())?;
+            let mut data = vec![f32::NAN; part.rows() * cols];
+            part.values(0..part.rows(), 0..cols, &mut data);
+            matrix.rows += part.rows();
+            matrix.data.extend(data);
         }
         check("pack", "bias", matrix.rows, bias.map_or(matrix.rows, <[f32]>::len))?;
         Ok(matrix)

@@ -147,7 +147,7 @@ impl Default for Settings {
         Self {
             device: Device::default(),
             compute: ComputeType::default(),
-            quantization: Quantization::NONE,
+            quantization: Quantization::AS_STORED,
             weight_cache: None,
             deterministic: false,
             kv_cache: KvCacheType::default(),
@@ -214,6 +214,9 @@ impl Load {
 
     /// Quantizes weights while they are loaded, by a [`Scheme`](crate::Scheme) or as a [`Quantization`] says in more detail. Default: weights
     /// as they are stored. Smaller weights are read faster, and change results: `docs/quantization.md` says by how much. CPU only.
+    ///
+    /// A checkpoint that was quantized before it was stored keeps its integers by default;
+    /// [`ModelInfo::conversions`](crate::ModelInfo) says what became of them.
     pub fn quantize(mut self, quantization: impl Into<Quantization>) -> Self {
         self.settings.quantization = quantization.into();
         self
@@ -374,7 +377,7 @@ impl Load {
         let limits = StepLimits { max_tokens, max_logit_rows: (max_batch + MAX_ALL_LOGITS).min(max_tokens) };
         let compute = target.compute_type(set.compute.dtype(), opened)?;
         let kv_cache = target.kv_cache_type(set.kv_cache.cache_type(), &opened.spec, compute)?;
-        target.check_quantization(set.quantization)?;
+        target.check_quantization(set.quantization, &opened.spec)?;
         let packed_bytes = |rows, cols, stored, scheme| target.packed_bytes(rows, cols, stored, scheme, compute);
         let (spec, source) = (&opened.spec, opened.source.as_ref());
         let mut model = MemoryEstimate::new(
@@ -582,6 +585,7 @@ fn start_on<B: Backend>(
         compute: plan.compute.into(),
         weight_bytes: plan.estimate.weight_bytes,
         weights_from: decoder.weights_from().clone(),
+        conversions: decoder.conversions().to_vec(),
         kv_cache_bytes: plan.estimate.kv_cache_bytes,
         kv_cache_tokens: plan.estimate.kv_cache_tokens,
     };

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
-use dashinfer_models::WeightsFrom;
+use dashinfer_models::{Conversion, WeightsFrom};
 use tokio::sync::{oneshot, watch};
 
 pub use blocking::{Blocking, BlockingTokens};
@@ -64,6 +64,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Whether they were packed or found in the [`weight_cache`](Load::weight_cache), and whether it could be used.
     pub weights_from: WeightsFrom,
+    /// What became of weights that were stored quantized; empty of other checkpoints.
+    pub conversions: Vec<Conversion>,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: u64,
     /// Tokens that the KV cache holds, of all sequences together.

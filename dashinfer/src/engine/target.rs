@@ -86,8 +86,11 @@ impl Target {
         }
     }
 
-    /// Whether weights can be quantized as asked for.
-    pub(super) fn check_quantization(&self, quantization: Quantization) -> Result<(), Error> {
+    /// Whether weights of `spec` can be quantized as asked for.
+    pub(super) fn check_quantization(&self, quantization: Quantization, spec: &ModelSpec) -> Result<(), Error> {
+        if let (Self::Cuda(_), Some(stored)) = (self, &spec.stored_quantization) {
+            return Err(unsupported(format!("weights that were stored quantized ({stored})"), "cuda"));
+        }
         match (self, quantization.layers_scheme().or(quantization.vocabulary_scheme())) {
             (Self::Cuda(_), Some(scheme)) => Err(unsupported(format!("quantizing weights to {scheme}"), "cuda")),
             _ => Ok(()),
@@ -123,7 +126,7 @@ impl Target {
                     let (hidden, inner) = (spec.hidden_size, experts.size);
                     dashinfer_kernels::cpu::expert_bytes(limits.max_tokens, hidden, inner, &experts.routing)
                 });
-                let products = if quantization == Quantization::NONE && compute == DType::F32 {
+                let products = if !quantization.rounds_activations(spec) && compute == DType::F32 {
                     0
                 } else {
                     dashinfer_kernels::cpu::workspace_bytes(limits.max_tokens, widest(spec))

@@ -27,12 +27,24 @@ pub fn tiny() -> PathBuf {
     golden("llama-mha")
 }
 
-/// Every golden folder, in order.
+/// Every golden folder that the tested device reads, in order.
 pub fn golden_folders() -> Vec<PathBuf> {
     let entries = fs::read_dir(GOLDENS).unwrap().map(|entry| entry.unwrap().path());
     let mut folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
     folders.sort();
+    if test_device() != Device::Cpu {
+        folders.retain(|folder| !is_stored_quantized(folder));
+    }
     folders
+}
+
+/// Whether a golden's weights were quantized before they were stored.
+pub fn is_stored_quantized(folder: &Path) -> bool {
+    fs::read_to_string(folder.join("config.json")).unwrap().contains("\"quantization_config\"")
+}
+
+fn test_device() -> Device {
+    std::env::var("DASHINFER_TEST_DEVICE").map_or(Device::Cpu, |device| device.parse().unwrap())
 }
 
 /// Loads, on the device that `DASHINFER_TEST_DEVICE` names (`cpu` if it does not), in the type that `DASHINFER_TEST_COMPUTE` names.
@@ -46,7 +58,7 @@ pub fn load(load: Load) -> Engine {
 /// The settings of [`load`].
 #[track_caller]
 pub fn on_test_device(load: Load) -> Load {
-    let device = std::env::var("DASHINFER_TEST_DEVICE").map_or(Device::Cpu, |device| device.parse().unwrap());
+    let device = test_device();
     let compute = std::env::var("DASHINFER_TEST_COMPUTE").map_or(ComputeType::Auto, |compute| compute.parse().unwrap());
     load.threads(1).device(device).compute(compute)
 }

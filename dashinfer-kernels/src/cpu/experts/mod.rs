@@ -136,6 +136,11 @@ impl CpuExperts {
                     let what = "experts of different types in one layer".to_owned();
                     return Err(KernelError::Unsupported { op: OP, what, backend: "cpu" });
                 }
+                // Rows are rounded once for all experts.
+                if order(matrix) != order(first) {
+                    let what = "experts of one layer whose input features stand in different orders".to_owned();
+                    return Err(KernelError::Unsupported { op: OP, what, backend: "cpu" });
+                }
             }
         }
         Ok(Self { gate_up, down })
@@ -166,6 +171,13 @@ fn kind(matrix: &CpuLinear) -> (Option<DType>, Option<Scheme>) {
     match matrix {
         CpuLinear::Dense(matrix) => (Some(matrix.dtype()), None),
         CpuLinear::Quantized(matrix) => (None, Some(matrix.scheme())),
+    }
+}
+
+fn order(matrix: &CpuLinear) -> Option<&[u32]> {
+    match matrix {
+        CpuLinear::Dense(_) => None,
+        CpuLinear::Quantized(matrix) => matrix.order(),
     }
 }
 

@@ -7,7 +7,10 @@ use crate::cpu::linear::to_bytes;
 use crate::cpu::pool::PoolConfig;
 use crate::cpu::{CpuConfig, Isa};
 use crate::random::noise;
-use crate::{Activation, Backend, ExpertGroups, GroupScore, MatrixView, Scoring, TensorUse, route};
+use crate::{
+    Activation, Backend, CodeBits, CodeLayout, ExpertGroups, GroupScore, GroupedCodes, MatrixView, Scoring, TensorUse,
+    route,
+};
 
 const ACTIVATION: Activation = Activation::Silu;
 
@@ -189,6 +192,16 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(
         error(other, vec![down(), down()]),
         "pack_experts: experts of different types in one layer is not supported by the cpu backend"
+    );
+    let ordered = |order: &[u32]| {
+        let layout = CodeLayout { bits: CodeBits::Four, group: Some(32), zero_points: false };
+        let codes = GroupedCodes::new([6, 4], layout, &[0; 24], &[1.0; 6], &[]).unwrap().with_order(order);
+        backend.pack_stored(&[&codes], None, Scheme::holding(&[layout])).unwrap()
+    };
+    assert_eq!(
+        error(vec![ordered(&[1, 0, 2, 3]), ordered(&[0, 1, 3, 2])], vec![down(), down()]),
+        "pack_experts: experts of one layer whose input features stand in different orders is not supported by the cpu \
+         backend"
     );
     let routing = routing(4, 5);
     let found = backend.expert_scratch(1, 4, 3, &routing).unwrap_err().to_string();

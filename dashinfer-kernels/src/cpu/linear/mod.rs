@@ -15,7 +15,7 @@ use std::ops::Range;
 
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 pub(crate) use neon::prefetch;
-pub(crate) use pack::{BF16_STEP, PANEL, SendPtr, Stack, bias_from_bytes, packed_bytes, place};
+pub(crate) use pack::{BF16_STEP, PANEL, SendPtr, Stack, bias_from_bytes, packed_bytes, padded_bias, place};
 pub use pack::{PackedMatrix, to_bytes};
 
 use super::experts::{Group, side_by_side};

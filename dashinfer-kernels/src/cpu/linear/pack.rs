@@ -14,10 +14,14 @@ use super::super::aligned::AlignedBuf;
 use super::super::pool::ThreadPool;
 use super::super::weight_buf::WeightBuf;
 use crate::error::check;
-use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes};
+use crate::quant::stored::StoredStack;
+use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes, StoredMatrix};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;
+
+/// Input features of a panel that are brought to f32 at a time.
+const STRETCH: usize = 256;
 
 /// A weight matrix `[N, K]` in panels, and its bias.
 #[derive(Debug)]
@@ -55,6 +59,39 @@ impl PackedMatrix {
             }
         });
         Ok(Self { rows, cols, dtype, data: data.into(), bias: stack.padded_bias() })
+    }
+
+    /// Packs `parts` that were stored quantized, stacked along the output features, as f32. `bias`: `[sum of rows]`.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if the parts differ in columns, or the bias in length; [`KernelError::OutOfMemory`].
+    pub(crate) fn pack_stored(
+        parts: &[&dyn StoredMatrix],
+        bias: Option<&[f32]>,
+        pool: &ThreadPool,
+    ) -> Result<Self, KernelError> {
+        let stack = StoredStack::new(parts, bias)?;
+        let (rows, cols, dtype) = (stack.rows, stack.cols, DType::F32);
+        let mut data = AlignedBuf::<u8>::zeroed("a weight matrix", packed_bytes(rows, cols, dtype))?;
+        let panel_bytes = panel_bytes(cols, dtype);
+        let start = SendPtr(data.as_mut_ptr());
+        pool.run(rows.div_ceil(PANEL), &|panel, _| {
+            // SAFETY: panels are disjoint, each is `panel_bytes` long, and all lie within `data`.
+            let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes) };
+            let rows = panel * PANEL..rows.min((panel + 1) * PANEL);
+            let mut tile = [0.0f32; PANEL * STRETCH];
+            for (index, out) in out.chunks_mut(STRETCH * PANEL * size_of::<f32>()).enumerate() {
+                let cols = index * STRETCH..cols.min((index + 1) * STRETCH);
+                let tile = &mut tile[..rows.len() * cols.len()];
+                stack.values(rows.clone(), cols.clone(), tile);
+                for (k, out) in out.as_chunks_mut::<{ PANEL * size_of::<f32>() }>().0.iter_mut().enumerate() {
+                    for (out, row) in out.as_chunks_mut().0.iter_mut().zip(tile.chunks_exact(cols.len())) {
+                        *out = row[k].to_le_bytes();
+                    }
+                }
+            }
+        });
+        Ok(Self { rows, cols, dtype, data: data.into(), bias: padded_bias(rows, bias) })
     }
 
     /// Puts [`buffers`](Self::buffers) together again.
@@ -172,12 +209,7 @@ impl<'a> Stack<'a> {
 
     /// The bias of whole panels, zeros behind the last row; empty without one.
     pub(crate) fn padded_bias(&self) -> Vec<f32> {
-        let mut padded = Vec::new();
-        if let Some(bias) = self.bias {
-            padded.extend_from_slice(bias);
-            padded.resize(self.rows.div_ceil(PANEL) * PANEL, 0.0);
-        }
-        padded
+        padded_bias(self.rows, self.bias)
     }
 
     /// The rows of panel `panel` as they are stored, `[cols]` each.
@@ -190,6 +222,16 @@ impl<'a> Stack<'a> {
             &part.bytes[(row - first_row) * row_bytes..][..row_bytes]
         })
     }
+}
+
+/// `bias`, of a matrix of `rows` rows, for whole panels: zeros behind the last row; empty without one.
+pub(crate) fn padded_bias(rows: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    let mut padded = Vec::new();
+    if let Some(bias) = bias {
+        padded.extend_from_slice(bias);
+        padded.resize(rows.div_ceil(PANEL) * PANEL, 0.0);
+    }
+    padded
 }
 
 /// The bias of whole panels that was stored for a matrix of `shape`.

@@ -8,7 +8,7 @@ use super::QuantizedMatrix;
 use super::matrix::symmetric_zero;
 use crate::KernelError;
 use crate::quant::activations::{self as rounding, Cut, MAX_8, MAX_16};
-use crate::quant::{ActivationBits, Scheme, nearest};
+use crate::quant::{ActivationBits, Group, Scheme, nearest};
 
 /// How codes of activations are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +69,7 @@ impl Activations {
         let row = |row: usize| {
             // SAFETY: each row is written by one task.
             let (codes, scales, corrections) = unsafe { to.row(row) };
-            let job = Row { x: &x[row * cols..][..cols], scheme, cut, operand };
+            let job = Row { x: &x[row * cols..][..cols], order: matrix.order(), scheme, cut, operand };
             // SAFETY: the variant was chosen for this machine.
             unsafe { round(&job, codes, scales, corrections) };
         };
@@ -212,6 +212,8 @@ const WORD_PLACES: [usize; 4] = [0, 2, 1, 3];
 /// A row to be rounded.
 pub(super) struct Row<'a> {
     x: &'a [f32],
+    /// The value at each place, if they are not in order.
+    order: Option<&'a [u32]>,
     scheme: Scheme,
     pub(super) cut: Cut,
     pub(super) operand: Operand,
@@ -233,10 +235,15 @@ fn best_rounder() -> Rounder {
 /// # Safety
 /// None is needed.
 unsafe fn round_plain(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
+    let mut gathered = GATHERED;
     for (group, (scale, correction)) in scales.iter_mut().zip(corrections).enumerate() {
-        (*scale, *correction) = row.round_group(group, codes);
+        (*scale, *correction) = row.round_group(group, row.group(group, &mut gathered), codes);
     }
 }
+
+/// Room for the values of a group that do not stand side by side.
+pub(super) type Gathered = [f32; Group::G128.size()];
+pub(super) const GATHERED: Gathered = [0.0; Group::G128.size()];
 
 impl Row<'_> {
     /// The largest code.
@@ -248,9 +255,16 @@ impl Row<'_> {
     }
 
     /// The values of a group; fewer than its size where the row is padded.
-    pub(super) fn group(&self, group: usize) -> &[f32] {
+    #[inline(always)]
+    pub(super) fn group<'b>(&'b self, group: usize, gathered: &'b mut Gathered) -> &'b [f32] {
         let first = group * self.cut.group;
-        &self.x[first.min(self.x.len())..self.x.len().min(first + self.cut.group)]
+        let places = first.min(self.x.len())..self.x.len().min(first + self.cut.group);
+        let Some(order) = self.order else { return &self.x[places] };
+        let gathered = &mut gathered[..places.len()]; // an order comes with a scheme of groups, none larger than that
+        for (value, &col) in gathered.iter_mut().zip(&order[places]) {
+            *value = self.x[col as usize];
+        }
+        gathered
     }
 
     /// What makes up for the zero points, of the sum of a group's codes.
@@ -259,10 +273,9 @@ impl Row<'_> {
         sum.wrapping_mul(zero).wrapping_neg()
     }
 
-    /// Writes the codes of a group among those of the row; its scale and correction.
-    pub(super) fn round_group(&self, group: usize, codes: &mut [u8]) -> (f32, i32) {
+    /// Writes the codes of a group, of values `x`, among those of the row; its scale and correction.
+    pub(super) fn round_group(&self, group: usize, x: &[f32], codes: &mut [u8]) -> (f32, i32) {
         let Self { cut, operand, .. } = *self;
-        let x = self.group(group);
         let (scale, inverse) = rounding::scale(x, self.max());
         let mut sum = 0i32;
         for quad in 0..cut.group / 4 {
@@ -296,7 +309,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_way_to_round_gives_the_same_codes(
-            cols in 1usize..700, scheme in 0..Scheme::ALL.len(), which in 0usize..3, exponent in -30i32..30, seed: u64,
+            cols in 1usize..700, scheme in 0..Scheme::ALL.len(), which in 0usize..3, exponent in -30i32..30, reordered: bool,
+            seed: u64,
         ) {
             let scheme = Scheme::ALL[scheme];
             let operand = match scheme.activation_bits() {
@@ -305,7 +319,10 @@ mod tests {
             };
             let x: Vec<f32> = noise(cols, seed).iter().map(|x| x * 2f32.powi(exponent)).collect();
             let cut = Cut::new(scheme, cols);
-            let row = Row { x: &x, scheme, cut, operand };
+            // 701 is prime, so that each column comes once.
+            let order: Vec<u32> = (0..700).map(|i| (i * 211 + 5) % 701).filter(|&col| (col as usize) < cols).collect();
+            let order = (reordered && scheme.group().is_some() && order.len() == cols).then_some(&order[..]);
+            let row = Row { x: &x, order, scheme, cut, operand };
             let round = |round: Rounder| {
                 let mut codes = vec![0xaa; cut.padded * operand.size()];
                 let (mut scales, mut corrections) = (vec![0.0; cut.groups()], vec![0; cut.groups()]);

@@ -5,12 +5,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use half::{bf16, f16};
 
 use super::super::aligned::AlignedBuf;
-use super::super::linear::{SendPtr, Stack, bias_from_bytes};
+use super::super::linear::{SendPtr, Stack, bias_from_bytes, padded_bias};
 use super::super::pool::ThreadPool;
 use super::super::weight_buf::WeightBuf;
+use super::stored;
+use crate::error::check;
 use crate::quant::activations::Cut;
+use crate::quant::stored::{StoredStack, check_order};
 use crate::quant::{GroupParams, PANEL, Scheme, WeightBits, int4, int8};
-use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes};
+use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes, StoredMatrix};
 
 /// Input features of a row that are brought to f32 at a time where groups allow it: the codes of all rows of a panel then stay in
 /// the L1 cache until their lines are full.
@@ -31,6 +34,8 @@ pub struct QuantizedMatrix {
     zeros: WeightBuf<u8>,
     /// `[panels * 16]`; empty without a bias.
     bias: Vec<f32>,
+    /// The input feature at each place of a row, if they are not in order: a permutation, in a scheme with groups.
+    order: Option<Vec<u32>>,
 }
 
 impl QuantizedMatrix {
@@ -46,7 +51,56 @@ impl QuantizedMatrix {
         pool: &ThreadPool,
     ) -> Result<Self, KernelError> {
         let stack = Stack::new(parts, bias)?;
-        let (rows, cols, dtype) = (stack.rows, stack.cols, stack.dtype);
+        let (cols, dtype) = (stack.cols, stack.dtype);
+        let quantize = best_quantizer();
+        Self::build([stack.rows, cols], scheme, bias, None, pool, &|panel, cut, codes, scales, zeros| {
+            let rows: Vec<&[u8]> = stack.panel(panel).collect();
+            let panel = Panel { scheme, cut, cols, source: Source::Bytes(&rows, dtype) };
+            // SAFETY: the variant was chosen for this machine.
+            unsafe { quantize(&panel, codes, scales, zeros) }
+        })
+    }
+
+    /// Packs `parts` that were stored quantized, stacked along the output features; see
+    /// [`Backend::pack_stored`](crate::Backend::pack_stored). `bias`: `[sum of rows]`.
+    ///
+    /// # Errors
+    /// Those of [`pack`](Self::pack), and [`KernelError::Shape`] for an order that is no permutation.
+    pub(crate) fn pack_stored(
+        parts: &[&dyn StoredMatrix],
+        bias: Option<&[f32]>,
+        scheme: Scheme,
+        pool: &ThreadPool,
+    ) -> Result<Self, KernelError> {
+        let stack = StoredStack::new(parts, bias)?;
+        let shape = [stack.rows, stack.cols];
+        if stack.fits(scheme) {
+            if let Some(order) = stack.order() {
+                check_order("pack", order, stack.cols)?;
+            }
+            let order = stack.order().map(<[u32]>::to_vec);
+            return Self::build(shape, scheme, bias, order, pool, &|panel, cut, codes, scales, zeros| {
+                stored::pack_panel(&stack, panel, scheme, cut, codes, scales, zeros)
+            });
+        }
+        let quantize = best_quantizer();
+        Self::build(shape, scheme, bias, None, pool, &|panel, cut, codes, scales, zeros| {
+            let panel = Panel { scheme, cut, cols: stack.cols, source: Source::Stored(&stack, panel) };
+            // SAFETY: the variant was chosen for this machine.
+            unsafe { quantize(&panel, codes, scales, zeros) }
+        })
+    }
+
+    /// Calls `fill` for each panel with its number, how its input features are cut, and its codes, scales and zero points, to be written.
+    /// It says whether all weights were finite.
+    fn build(
+        [rows, cols]: [usize; 2],
+        scheme: Scheme,
+        bias: Option<&[f32]>,
+        order: Option<Vec<u32>>,
+        pool: &ThreadPool,
+        fill: &FillPanel<'_>,
+    ) -> Result<Self, KernelError> {
         check_cols(scheme, cols)?;
         let (cut, panels) = (Cut::new(scheme, cols), rows.div_ceil(PANEL));
         let sizes = Sizes::new(scheme, rows, cols);
@@ -58,7 +112,6 @@ impl QuantizedMatrix {
         let (panel_bytes, panel_params) = (panel_bytes(scheme, cut.padded), cut.scale_groups * PANEL);
         let has_zeros = scheme.has_zero_points();
         let finite = AtomicBool::new(true);
-        let quantize = best_quantizer();
         pool.run(panels, &|panel, _| {
             // SAFETY: panels are disjoint, and the buffers hold `panels` of them.
             let (codes, scales, zeros) = unsafe {
@@ -71,11 +124,7 @@ impl QuantizedMatrix {
                     ),
                 )
             };
-            let sources: Vec<&[u8]> = stack.panel(panel).collect();
-            // SAFETY: the variant was chosen for this machine.
-            let all_finite =
-                unsafe { quantize(&Panel { scheme, cut, cols, dtype, sources: &sources }, codes, scales, zeros) };
-            if !all_finite {
+            if !fill(panel, cut, codes, scales, zeros) {
                 finite.store(false, Ordering::Relaxed);
             }
         });
@@ -83,7 +132,7 @@ impl QuantizedMatrix {
             return Err(KernelError::NotFinite { op: "pack", what: "a weight that is to be quantized" });
         }
         let (codes, scales, zeros) = (codes.into(), scales.into(), zeros.into());
-        Ok(Self { rows, cols, scheme, cut, codes, scales, zeros, bias: stack.padded_bias() })
+        Ok(Self { rows, cols, scheme, cut, codes, scales, zeros, bias: padded_bias(rows, bias), order })
     }
 
     /// Puts [`buffers`](Self::buffers) together again.
@@ -97,14 +146,19 @@ impl QuantizedMatrix {
     ) -> Result<Self, KernelError> {
         let (rows, cols) = (shape.rows, shape.cols);
         check_cols(scheme, cols)?;
-        let [codes, scales, zeros, bias] = buffers else {
-            return Err(KernelError::Shape {
-                op: "import",
-                what: "number of buffers",
-                wanted: 4,
-                found: buffers.len(),
-            });
+        let (wanted, found) = (if shape.order { 5 } else { 4 }, buffers.len());
+        let [codes, scales, zeros, bias, order @ ..] = buffers else {
+            return Err(KernelError::Shape { op: "import", what: "number of buffers", wanted, found });
         };
+        check("import", "number of buffers", wanted, found)?;
+        let order = order.first().map(|bytes| -> Result<_, KernelError> {
+            check("import", "bytes of an order", cols.saturating_mul(size_of::<u32>()), bytes.len())?;
+            let order: Vec<_> = bytes.as_chunks().0.iter().map(|col| u32::from_ne_bytes(*col)).collect();
+            check_order("import", &order, cols)?;
+            // The stack's `fits` lets no order into a scheme without groups.
+            check("import", "orders of a scheme without groups", 0, usize::from(scheme.group().is_none()))?;
+            Ok(order)
+        });
         let sizes = Sizes::new(scheme, rows, cols);
         Ok(Self {
             rows,
@@ -115,12 +169,16 @@ impl QuantizedMatrix {
             scales: WeightBuf::shared("bytes of scales", sizes.scales, scales.clone())?,
             zeros: WeightBuf::shared("bytes of zero points", sizes.zeros, zeros.clone())?,
             bias: bias_from_bytes(shape, bias)?,
+            order: order.transpose()?,
         })
     }
 
-    /// What is to be stored of it: codes, scales, zero points and bias.
-    pub(crate) fn buffers(&self) -> [&[u8]; 4] {
-        [self.codes.bytes(), self.scales.bytes(), self.zeros.bytes(), bytemuck::cast_slice(&self.bias)]
+    /// What is to be stored of it: codes, scales, zero points and bias, and the order of its input features if it has one.
+    pub(crate) fn buffers(&self) -> Vec<&[u8]> {
+        let mut buffers =
+            vec![self.codes.bytes(), self.scales.bytes(), self.zeros.bytes(), bytemuck::cast_slice(&self.bias)];
+        buffers.extend(self.order().map(bytemuck::cast_slice));
+        buffers
     }
 
     /// Output features, `N`.
@@ -144,7 +202,12 @@ impl QuantizedMatrix {
     /// Bytes that a product reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.codes.len() + 2 * self.scales.len() + self.zeros.len()
+        self.codes.len() + 2 * self.scales.len() + self.zeros.len() + 4 * self.order().map_or(0, <[u32]>::len)
+    }
+
+    /// The input feature at each place of a row, if they are not in order.
+    pub(crate) fn order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
     }
 
     pub(super) fn cut(&self) -> Cut {
@@ -208,6 +271,13 @@ impl QuantizedMatrix {
     /// Row `row` as f32 into `out` `[K]`: an embedding.
     pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane) = (row / PANEL, row % PANEL);
+        if let Some(order) = self.order() {
+            for (place, &col) in order.iter().enumerate() {
+                out[col as usize] =
+                    self.params(panel, lane, place / self.cut.group).weight(self.code(panel, lane, place));
+            }
+            return;
+        }
         for (group, out) in out.chunks_mut(self.cut.group.max(1)).enumerate() {
             let params = self.params(panel, lane, group);
             for (i, out) in out.iter_mut().enumerate() {
@@ -264,14 +334,33 @@ pub(crate) fn packed_bytes(scheme: Scheme, rows: usize, cols: usize) -> usize {
     sizes.codes.saturating_add(sizes.scales.saturating_mul(2)).saturating_add(sizes.zeros)
 }
 
-/// A panel to be quantized: its rows as they are stored.
+/// Fills a panel: `(its number, cut, codes, scales, zeros)`; whether all weights were finite.
+type FillPanel<'a> = dyn Fn(usize, Cut, &mut [u8], &mut [u16], &mut [u8]) -> bool + Sync + 'a;
+
+/// A panel to be quantized.
 struct Panel<'a> {
     scheme: Scheme,
     cut: Cut,
     cols: usize,
-    dtype: DType,
-    /// Up to 16 rows of `cols` elements of `dtype`.
-    sources: &'a [&'a [u8]],
+    source: Source<'a>,
+}
+
+/// Where the weights of a panel come from.
+enum Source<'a> {
+    /// Up to 16 rows of so many elements of a type.
+    Bytes(&'a [&'a [u8]], DType),
+    /// The rows of this panel of matrices that give them a tile at a time.
+    Stored(&'a StoredStack<'a>, usize),
+}
+
+impl Source<'_> {
+    /// How many rows there are: fewer than 16 in the last panel.
+    fn rows(&self) -> usize {
+        match self {
+            Self::Bytes(rows, _) => rows.len(),
+            Self::Stored(stack, panel) => PANEL.min(stack.rows - panel * PANEL),
+        }
+    }
 }
 
 /// `(panel, codes, scales, zeros)`; whether all weights were finite.
@@ -305,24 +394,32 @@ unsafe fn quantize_plain(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16]
 
 #[inline(always)]
 fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
-    let Panel { scheme, cut, cols, dtype, sources } = *panel;
+    let Panel { scheme, cut, cols, ref source } = *panel;
+    let rows = source.rows();
     let (bits, zero_points) = (scheme.weight_bits(), scheme.has_zero_points());
     let grouped = scheme.group().is_some();
     let (stretch, group) = if grouped { (STRETCH, cut.group) } else { (cut.padded.max(1), cut.padded.max(1)) };
     let (mut values, mut row_codes) = (vec![0.0f32; stretch], vec![0u8; stretch]);
+    let mut tile = vec![0.0f32; if matches!(source, Source::Stored(..)) { rows * stretch } else { 0 }];
     let mut poison = 0.0;
     for first in (0..cut.padded).step_by(stretch) {
         let len = stretch.min(cut.padded - first);
         let (values, row_codes) = (&mut values[..len], &mut row_codes[..len]);
         let from = panel_bytes(scheme, first);
         let codes = &mut codes[from..from + panel_bytes(scheme, len)];
+        let stored = len.min(cols.saturating_sub(first));
+        if let Source::Stored(stack, panel) = source {
+            let rows = panel * PANEL..panel * PANEL + rows;
+            stack.values(rows.clone(), first..first + stored, &mut tile[..rows.len() * stored]);
+        }
         for lane in 0..PANEL {
-            let stored = len.min(cols.saturating_sub(first));
-            match sources.get(lane) {
-                Some(source) => {
-                    widen(&source[first * dtype.size_bytes()..][..stored * dtype.size_bytes()], dtype, values)
+            match source {
+                _ if lane >= rows => values.fill(0.0),
+                Source::Bytes(rows, dtype) => {
+                    let size = dtype.size_bytes();
+                    widen(&rows[lane][first * size..][..stored * size], *dtype, values);
                 }
-                None => values.fill(0.0),
+                Source::Stored(..) => values[..stored].copy_from_slice(&tile[lane * stored..][..stored]),
             }
             values[stored..].fill(0.0);
             // Not a number if any value is infinite or none; in lanes, since a sum in order cannot be made of vectors.

@@ -23,6 +23,7 @@ mod neon;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod round_avx2;
 mod scalar;
+mod stored;
 
 use std::ops::Range;
 

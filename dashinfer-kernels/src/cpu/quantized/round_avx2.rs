@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::activations::{Operand, Row};
+use super::activations::{GATHERED, Operand, Row};
 use crate::quant::activations as rounding;
 
 /// See [`Row::round_group`], for all groups of a row.
@@ -11,20 +11,22 @@ use crate::quant::activations as rounding;
 /// The machine has AVX2.
 #[target_feature(enable = "avx2")]
 pub(super) unsafe fn row(row: &Row<'_>, codes: &mut [u8], scales: &mut [f32], corrections: &mut [i32]) {
+    let mut gathered = GATHERED;
     for (group, (scale, correction)) in scales.iter_mut().zip(corrections).enumerate() {
-        let whole = row.group(group).len() == row.cut.group && row.cut.group.is_multiple_of(16);
+        let x = row.group(group, &mut gathered);
+        let whole = x.len() == row.cut.group && row.cut.group.is_multiple_of(16);
         (*scale, *correction) = if whole && row.operand != Operand::Planes {
-            round(row, group, codes)
+            round(row, group, x, codes)
         } else {
-            row.round_group(group, codes)
+            row.round_group(group, x, codes)
         };
     }
 }
 
 /// A group of whole sixteens, in words or bytes.
 #[target_feature(enable = "avx2")]
-fn round(row: &Row<'_>, group: usize, codes: &mut [u8]) -> (f32, i32) {
-    let x = row.group(group).as_chunks::<16>().0;
+fn round(row: &Row<'_>, group: usize, x: &[f32], codes: &mut [u8]) -> (f32, i32) {
+    let x = x.as_chunks::<16>().0;
     let load = |x: &[f32; 16]| {
         // SAFETY: sixteen values are two vectors.
         unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }

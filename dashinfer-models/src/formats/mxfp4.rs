@@ -1,0 +1,172 @@
+//! MXFP4 <https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf>, as gpt-oss stores its experts: blocks
+//! of 32 input features with 4 bits each, and a power of two for each block.
+//!
+//! ```text
+//! *_blocks  u8 [.., rows, cols / 32, 16]  two values to a byte, the low half first
+//! *_scales  u8 [.., rows, cols / 32]      exponents with a bias of 127
+//! ```
+//!
+//! Twice a value is an integer of −12 to 12, so that 8-bit codes in groups of 32 hold it without loss.
+
+use std::ops::Range;
+
+use dashinfer_kernels::{CodeBits, CodeLayout, KernelError, StoredMatrix};
+
+/// Input features of a block.
+const BLOCK: usize = 32;
+
+/// Twice the value of each half byte: a sign, two bits of exponent, one of mantissa.
+const TWICE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// A matrix `[rows, cols]` of such blocks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mxfp4<'a> {
+    rows: usize,
+    cols: usize,
+    blocks: &'a [u8],
+    scales: &'a [u8],
+}
+
+impl<'a> Mxfp4<'a> {
+    /// `blocks`: `[rows, cols / 32, 16]`; `scales`: `[rows, cols / 32]`.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`] if `cols` is no multiple of 32, or a length is off.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for models with experts"))]
+    pub(crate) fn new([rows, cols]: [usize; 2], blocks: &'a [u8], scales: &'a [u8]) -> Result<Self, KernelError> {
+        let check = |what, wanted, found| match wanted == found {
+            true => Ok(()),
+            false => Err(KernelError::Shape { op: "pack", what, wanted, found }),
+        };
+        check("columns of blocks of 32", cols.next_multiple_of(BLOCK), cols)?;
+        check("bytes of blocks", rows.saturating_mul(cols / 2), blocks.len())?;
+        check("scales of blocks", rows.saturating_mul(cols / BLOCK), scales.len())?;
+        Ok(Self { rows, cols, blocks, scales })
+    }
+
+    /// Twice the value of input feature `col` of `row`, over the block's scale.
+    fn twice(&self, row: usize, col: usize) -> i8 {
+        let byte = self.blocks[(row * self.cols + col) / 2];
+        TWICE[usize::from(if col.is_multiple_of(2) { byte & 15 } else { byte >> 4 })]
+    }
+
+    fn scale(&self, row: usize, block: usize) -> f32 {
+        power_of_two(self.scales[row * (self.cols / BLOCK) + block])
+    }
+}
+
+impl StoredMatrix for Mxfp4<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn layout(&self) -> Option<CodeLayout> {
+        Some(CodeLayout { bits: CodeBits::Eight, group: Some(BLOCK), zero_points: false })
+    }
+
+    fn values(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_mut(cols.len().max(1))) {
+            for (col, out) in cols.clone().zip(out) {
+                *out = f32::from(self.twice(row, col)) * 0.5 * self.scale(row, col / BLOCK);
+            }
+        }
+    }
+
+    fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+        for (row, out) in rows.zip(out.chunks_mut(places.len().max(1))) {
+            for (col, out) in places.clone().zip(out) {
+                *out = CodeBits::Eight.middle().wrapping_add_signed(self.twice(row, col));
+            }
+        }
+    }
+
+    fn params(&self, rows: Range<usize>, group: usize, scales: &mut [f32], _: &mut [u8]) {
+        for (row, scale) in rows.zip(scales) {
+            *scale = 0.5 * self.scale(row, group);
+        }
+    }
+}
+
+/// What a byte of a power of two (e8m0) stands for: 2 to the power of it less 127; of 255, not a number.
+pub(crate) fn power_of_two(byte: u8) -> f32 {
+    match byte {
+        255 => f32::NAN,
+        0 => f32::from_bits(1 << 22), // 2^-127, which f32 has below its normal numbers
+        _ => f32::from_bits(u32::from(byte) << 23),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dashinfer_kernels::{
+        Backend, DType, Scheme,
+        cpu::{CpuBackend, CpuConfig, CpuLinear},
+    };
+
+    use super::*;
+
+    #[test]
+    fn powers_of_two() {
+        for (byte, exponent) in [(1, -126), (126, -1), (127, 0), (128, 1), (254, 127)] {
+            assert_eq!(power_of_two(byte), 2f32.powi(exponent), "{byte}");
+        }
+        assert_eq!(power_of_two(0), 2f32.powi(-126) / 2.0);
+        assert!(power_of_two(255).is_nan());
+    }
+
+    #[test]
+    fn values_are_those_of_the_format() {
+        // All sixteen, in both halves.
+        let blocks: Vec<u8> = (0..16).map(|i| i << 4 | (15 - i)).chain([0x21; 16]).collect();
+        let matrix = Mxfp4::new([1, 64], &blocks, &[128, 126]).unwrap();
+        let mut values = [f32::NAN; 64];
+        matrix.values(0..1, 0..64, &mut values);
+        let wanted = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+        for i in 0..16 {
+            assert_eq!((values[2 * i], values[2 * i + 1]), (2.0 * wanted[15 - i], 2.0 * wanted[i]));
+        }
+        assert_eq!(values[32..36], [0.25, 0.5, 0.25, 0.5]);
+        let mut part = [f32::NAN; 3];
+        matrix.values(0..1, 31..34, &mut part);
+        assert_eq!(part, values[31..34]);
+        // bf16 holds them too.
+        assert_eq!(
+            dashinfer_kernels::to_f32(&dashinfer_kernels::cpu::to_bytes(&values, DType::BF16), DType::BF16),
+            values
+        );
+    }
+
+    #[test]
+    fn eight_bits_hold_them_without_loss() {
+        let (rows, cols) = (19, 96);
+        let blocks: Vec<u8> = (0..rows * cols / 2).map(|i| (i * 37 + i / 7) as u8).collect();
+        let scales: Vec<u8> = (0..rows * cols / 32).map(|i| 115 + (i % 14) as u8).collect();
+        let matrix = Mxfp4::new([rows, cols], &blocks, &scales).unwrap();
+        let mut values = vec![f32::NAN; rows * cols];
+        matrix.values(0..rows, 0..cols, &mut values);
+        let scheme = Scheme::holding(&[matrix.layout().unwrap()]).unwrap();
+        assert_eq!(scheme.to_string(), "a16w8-g32");
+        let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
+        let packed = backend.pack_stored(&[&matrix], None, Some(scheme)).unwrap();
+        let CpuLinear::Quantized(_) = &packed else { panic!("it is quantized") };
+        let mut row = vec![f32::NAN; cols];
+        for r in 0..rows {
+            packed.read_row(r, &mut row);
+            assert_eq!(row, values[r * cols..][..cols]);
+        }
+    }
+
+    #[test]
+    fn lengths_must_fit() {
+        let new = |shape, blocks: &[u8], scales: &[u8]| Mxfp4::new(shape, blocks, scales).map(|_| ());
+        assert!(new([1, 32], &[0; 16], &[0]).is_ok());
+        assert!(new([1, 33], &[0; 16], &[0]).is_err());
+        assert!(new([1, 32], &[0; 15], &[0]).is_err());
+        assert!(new([1, 32], &[0; 16], &[]).is_err());
+        assert!(new([usize::MAX, usize::MAX / 32 * 32], &[], &[]).is_err());
+    }
+}
