@@ -333,6 +333,24 @@ pub enum Feature {
     StoredQuantization,
 }
 
+impl Feature {
+    /// Whether there are kernels for it on GPUs, be it on some kinds of them: `CudaBackend` has no other. For those who have no GPU
+    /// to ask, such as documents.
+    #[must_use]
+    pub const fn on_gpus(self) -> bool {
+        match self {
+            Self::EmbeddingScale
+            | Self::GeluTanh
+            | Self::AttentionSoftCap
+            | Self::AttentionSinks
+            | Self::LogitSoftCap
+            | Self::ClampedSwiglu
+            | Self::Experts
+            | Self::LatentAttention => false,
+        }
+    }
+}
+
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

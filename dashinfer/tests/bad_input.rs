@@ -242,7 +242,7 @@ fn a_config_of_no_model() {
     check(
         "rope_scaling",
         json!({"rope_type": "spiral"}),
-        "rope_scaling.rope_type: spiral is not supported; supported: default, linear, llama3, yarn",
+        "rope_scaling.rope_type: spiral is not supported; supported: default, linear, llama3, yarn, longrope",
     );
     check(
         "rope_scaling",
@@ -290,6 +290,15 @@ fn a_model_without_a_tokenizer_takes_token_ids() {
     let answer = complete(&engine, Request::tokens([1, 2, 3]).max_tokens(5).ignore_eos());
     assert_eq!((answer.text.as_str(), answer.tokens.len()), ("", 5));
     check_request(&engine, "hi", "a text needs a tokenizer, and the model was loaded without one; send token ids");
+
+    fs::write(broken.path("qwen.tiktoken"), "IQ== 0\n").unwrap();
+    let engine = load(Engine::load(&broken.folder));
+    check_request(
+        &engine,
+        "hi",
+        "a text needs a tokenizer, and the checkpoint has qwen.tiktoken in place of the tokenizer.json that is read; take a \
+         converted checkpoint (for GLM-4 THUDM/glm-4-9b-chat-hf), or send token ids",
+    );
 }
 
 #[test]

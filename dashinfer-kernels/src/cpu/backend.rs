@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionRange, CpuKvCache, LatentScratch, LatentWork, Work};
 use super::experts::{self, CpuExpertScratch, CpuExperts};
-use super::gate::Gate;
+use super::gate::{Gate, GateRows};
 use super::isa::Isa;
 use super::linear::{self, PANEL, PackedMatrix, Product, SendPtr};
 use super::linear_bf16::{self, Rounded};
@@ -14,7 +14,6 @@ use super::pool::{PoolConfig, ThreadPool};
 use super::quantized::{self, Activations, QuantizedMatrix};
 use super::rms_norm::{self, RmsNormRow};
 use super::rope::RopeTable;
-use super::silu_mul::{self, SiluMulRow};
 use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
@@ -176,7 +175,7 @@ pub struct CpuBackend {
     quantized_product: quantized::Product,
     quantized_rows: Activations,
     norm: RmsNormRow,
-    silu: SiluMulRow,
+    gates: GateRows,
     attend: AttentionRange,
     batch: PagedBatch,
     ids: Vec<u32>,
@@ -224,7 +223,7 @@ impl CpuBackend {
             quantized_product: quantized::best(isa),
             quantized_rows: Activations::default(),
             norm: rms_norm::best(isa),
-            silu: silu_mul::best(isa),
+            gates: GateRows::best(isa),
             attend: attention::best(isa),
             batch: PagedBatch::default(),
             ids: Vec::new(),
@@ -554,7 +553,7 @@ impl Backend for CpuBackend {
         }
         check(OP, "columns of x", weight.cols(), x.cols)?;
         out.resize(OP, x.rows, weight.rows() / 2)?;
-        let (activation, pool, x, out) = (Gate::new(activation, self.silu), &self.pool, x.values(), out.values_mut());
+        let (activation, pool, x, out) = (Gate::new(activation, self.gates), &self.pool, x.values(), out.values_mut());
         match weight {
             CpuLinear::Dense(weight) => match self.bf16_product {
                 Some(product) if weight.dtype() == DType::BF16 => {
@@ -714,7 +713,7 @@ impl Backend for CpuBackend {
         let cols = x.cols / 2;
         check("gate", "columns of x", 2 * cols, x.cols)?;
         out.resize("gate", x.rows, cols)?;
-        let gate = Gate::new(activation, self.silu);
+        let gate = Gate::new(activation, self.gates);
         let to = SendPtr(out.data.as_mut_ptr());
         // A row is cut into parts of whole vectors, so that a decode's one row is shared too.
         const PART: usize = 2048;
@@ -761,7 +760,7 @@ impl Backend for CpuBackend {
             product: self.product,
             bf16_product: self.bf16_product,
             quantized_product: self.quantized_product,
-            gate: Gate::new(activation, self.silu),
+            gate: Gate::new(activation, self.gates),
         };
         let layer = experts::Layer { x, logits, correction: correction.map(Vec::as_slice), experts, routing };
         experts::run(out, &layer, scratch, &machine)

@@ -1,8 +1,9 @@
 //! The functions of gated feed-forward layers, by name.
 
-use super::gelu_mul;
+use super::isa::Isa;
 use super::math::tanh;
 use super::silu_mul::SiluMulRow;
+use super::{gelu_mul, silu_mul};
 use crate::Activation;
 
 /// A function for one row; see [`Activation`].
@@ -14,12 +15,26 @@ pub(super) enum Gate {
     Clamped { alpha: f32, limit: f32 },
 }
 
+/// The variants that a backend has chosen.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GateRows {
+    silu: SiluMulRow,
+    gelu: SiluMulRow,
+}
+
+impl GateRows {
+    /// The best that need no more than `limit`.
+    pub(super) fn best(limit: Isa) -> Self {
+        Self { silu: silu_mul::best(limit), gelu: gelu_mul::best(limit) }
+    }
+}
+
 impl Gate {
-    /// `silu` is the variant of this machine.
-    pub(super) fn new(activation: Activation, silu: SiluMulRow) -> Self {
+    /// The function of `activation` among those of this machine.
+    pub(super) fn new(activation: Activation, rows: GateRows) -> Self {
         match activation {
-            Activation::Silu => Self::Plain(silu),
-            Activation::GeluTanh => Self::Plain(gelu_mul::row),
+            Activation::Silu => Self::Plain(rows.silu),
+            Activation::GeluTanh => Self::Plain(rows.gelu),
             Activation::ClampedSwiglu { alpha, limit } => Self::Clamped { alpha, limit },
         }
     }
@@ -27,7 +42,7 @@ impl Gate {
     /// `out = f(gate, up)`, each value's its own.
     ///
     /// # Safety
-    /// All slices have one length, and the machine has what the variant of `silu` needs.
+    /// All slices have one length, and the machine has what the chosen variants need.
     pub(super) unsafe fn row(self, out: &mut [f32], gate: &[f32], up: &[f32]) {
         match self {
             // SAFETY: the caller's promise.
@@ -60,7 +75,7 @@ mod tests {
             let (g, u) = (f64::from(gate).min(7.0), f64::from(up).clamp(-7.0, 7.0));
             let want = (u + 1.0) * g / (1.0 + (-1.702 * g).exp());
             let mut out = [f32::NAN];
-            let run = Gate::new(Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 }, gelu_mul::row);
+            let run = Gate::new(Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 }, GateRows::best(Isa::Scalar));
             // SAFETY: the lengths are equal, and this one needs no more.
             unsafe { run.row(&mut out, &[gate], &[up]) };
             prop_assert!((f64::from(out[0]) - want).abs() <= 2e-6 * (1.0 + want.abs()), "{gate} {up}: {}, {want}", out[0]);

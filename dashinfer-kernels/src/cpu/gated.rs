@@ -112,6 +112,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cpu::gate::GateRows;
     use crate::cpu::isa::{Isa, supported};
     use crate::cpu::linear::{self, PackedMatrix, to_bytes};
     use crate::cpu::pool::PoolConfig;
@@ -141,7 +142,7 @@ mod tests {
             let view = [MatrixView { bytes: &bytes, dtype: DType::BF16, rows: 2 * inner, cols: k }];
             let bias = bias.then(|| noise(2 * inner, seed ^ 1));
             let x = noise(t * k, seed ^ 2);
-            let silu = Gate::new(Activation::Silu, silu_mul::best(Isa::best()));
+            let silu = Gate::new(Activation::Silu, GateRows::best(Isa::best()));
             let (mut both, mut out) = (vec![f32::NAN; t * 2 * inner], vec![f32::NAN; t * inner]);
 
             let matrix = PackedMatrix::pack(&view, bias.as_deref(), &pool).unwrap();
@@ -170,7 +171,7 @@ mod tests {
     #[test]
     fn features_that_are_not_whole_panels_are_refused() {
         let error =
-            Gated::new(&mut [0.0; 24], &[0.0; 4], [48, 4], Gate::new(Activation::Silu, silu_mul::best(Isa::Scalar)))
+            Gated::new(&mut [0.0; 24], &[0.0; 4], [48, 4], Gate::new(Activation::Silu, GateRows::best(Isa::Scalar)))
                 .map(|_| ())
                 .unwrap_err();
         assert_eq!(error.to_string(), "gated_linear: output features of the matrix should be 64, found 48");

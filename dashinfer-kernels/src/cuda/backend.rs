@@ -398,8 +398,8 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn supports(&self, _: Feature) -> bool {
-        false
+    fn supports(&self, feature: Feature) -> bool {
+        feature.on_gpus()
     }
 
     fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear, scale: f32) -> Result<(), KernelError> {

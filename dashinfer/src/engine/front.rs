@@ -25,6 +25,8 @@ pub(super) enum Call {
 #[derive(Debug)]
 pub(super) struct Front {
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
+    /// See [`RequestError::UnreadTokenizer`].
+    pub(super) unread_tokenizer: Option<&'static str>,
     pub(super) defaults: GenerationDefaults,
     pub(super) model: ModelInfo,
 }
@@ -76,11 +78,17 @@ impl Front {
     }
 
     fn resolve(&self, request: &Request) -> Result<Resolved, Error> {
-        request.resolve(&ModelFacts {
+        let resolved = request.resolve(&ModelFacts {
             tokenizer: self.tokenizer.as_deref(),
             defaults: &self.defaults,
             vocab_size: self.model.vocab_size,
             context: self.model.context,
+        });
+        resolved.map_err(|error| match (error, self.unread_tokenizer) {
+            (Error::Request(RequestError::NoTokenizer { needed_by }), Some(found)) => {
+                RequestError::UnreadTokenizer { needed_by, found }.into()
+            }
+            (error, _) => error,
         })
     }
 

@@ -452,7 +452,12 @@ pub(super) struct Opened {
     defaults: GenerationDefaults,
     /// The folder with a tokenizer.
     tokenizer: Option<PathBuf>,
+    /// A file with a tokenizer in a form that is not read, where there is none that is.
+    unread_tokenizer: Option<&'static str>,
 }
+
+/// SentencePiece models, and tables of `tiktoken`.
+const UNREAD_TOKENIZERS: &[&str] = &["tokenizer.model", "qwen.tiktoken", "ice_text.model"];
 
 impl Opened {
     fn new(source: &Source) -> Result<Self, Error> {
@@ -466,7 +471,11 @@ impl Opened {
                 let defaults = generation_defaults(&GenerationConfig::read(folder, &config)?);
                 let source = Box::new(Checkpoint::open(folder)?);
                 let tokenizer = folder.join("tokenizer.json").is_file().then(|| folder.clone());
-                Ok(Self { spec, source, defaults, tokenizer })
+                let unread_tokenizer = match tokenizer {
+                    Some(_) => None,
+                    None => UNREAD_TOKENIZERS.iter().copied().find(|name| folder.join(name).is_file()),
+                };
+                Ok(Self { spec, source, defaults, tokenizer, unread_tokenizer })
             }
             Source::Random { shape, seed, weights } => {
                 let Some(spec) = shapes::named(shape) else {
@@ -474,7 +483,8 @@ impl Opened {
                     return Err(Error::NoSuchModel { path: shape.into(), hint });
                 };
                 let source = Box::new(RandomWeights::new(&spec, *seed).dtype(weights.dtype()));
-                Ok(Self { spec, source, defaults: GenerationDefaults::default(), tokenizer: None })
+                let defaults = GenerationDefaults::default();
+                Ok(Self { spec, source, defaults, tokenizer: None, unread_tokenizer: None })
             }
         }
     }
@@ -607,7 +617,12 @@ fn start_on<B: Backend>(
     let hub = Hub::new(settings.max_queued);
     let (calls, incoming) = mpsc::channel();
     let (commands, obeyed) = mpsc::channel::<Command>();
-    let front = Front { tokenizer: tokenizer.clone(), defaults: opened.defaults, model: model.clone() };
+    let front = Front {
+        tokenizer: tokenizer.clone(),
+        defaults: opened.defaults,
+        model: model.clone(),
+        unread_tokenizer: opened.unread_tokenizer,
+    };
     let to_steps = commands.clone();
     std::thread::Builder::new()
         .name("dashinfer-front".to_owned())

@@ -94,4 +94,15 @@ pub enum RequestError {
         /// What needs it.
         needed_by: &'static str,
     },
+    /// Text for a model whose tokenizer is in a form that is not read, as those of ChatGLM, Baichuan and the first Qwen are.
+    #[error(
+        "{needed_by} needs a tokenizer, and the checkpoint has {found} in place of the tokenizer.json that is read; \
+         take a converted checkpoint (for GLM-4 THUDM/glm-4-9b-chat-hf), or send token ids"
+    )]
+    UnreadTokenizer {
+        /// What needs it.
+        needed_by: &'static str,
+        /// The file in the checkpoint.
+        found: &'static str,
+    },
 }
