@@ -2,6 +2,7 @@
 
 use dashinfer_kernels::{ExpertGroups, GroupScore, RopePairs, Routing, Scoring};
 
+use super::unsupported;
 use crate::{
     Attention, ConfigError, ExpertNames, Experts, HfConfig, LatentAttention, ModelSpec, RopeSpec, SharedExpert,
     dialect::Dialect, json::Object, rope::deepseek_score_factor,
@@ -15,7 +16,7 @@ const LATENT_NORM_EPS: f32 = 1e-6;
 pub(super) fn deepseek_v2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = latent(config)?;
     let object = config.object();
-    only(object, "scoring_func", "softmax")?;
+    only_text(object, "scoring_func", "softmax")?;
     let groups = match object.text("topk_method")?.unwrap_or("greedy") {
         "greedy" => None,
         "group_limited_greedy" => Some(ExpertGroups {
@@ -37,8 +38,8 @@ pub(super) fn deepseek_v2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
 pub(super) fn deepseek_v3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = latent(config)?;
     let object = config.object();
-    only(object, "scoring_func", "sigmoid")?;
-    only(object, "topk_method", "noaux_tc")?;
+    only_text(object, "scoring_func", "sigmoid")?;
+    only_text(object, "topk_method", "noaux_tc")?;
     // What is absent is the reference's default.
     let groups = Some(ExpertGroups {
         num_groups: object.count("n_group")?.unwrap_or(8),
@@ -134,15 +135,11 @@ fn set_experts(
 }
 
 /// A key that, if it is there, must be what this family does.
-fn only(config: Object<'_>, key: &str, supported: &str) -> Result<(), ConfigError> {
+fn only_text(config: Object<'_>, key: &str, supported: &str) -> Result<(), ConfigError> {
     match config.text(key)? {
         Some(found) if found != supported => Err(unsupported(key, found, supported)),
         _ => Ok(()),
     }
-}
-
-fn unsupported(field: &str, found: &str, supported: &str) -> ConfigError {
-    ConfigError::Unsupported { field: field.into(), found: found.into(), supported: supported.into() }
 }
 
 #[cfg(test)]
