@@ -17,8 +17,8 @@ use benches::{machine, naive};
 use criterion::{Criterion, Throughput};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, CpuKvCache, CpuTensor, Isa, PoolConfig, to_bytes};
 use dashinfer_kernels::{
-    Activation, AttentionParams, Backend, CacheLayout, CacheType, DType, Issue, KvCacheSpec, MatrixView, PagedBatch,
-    Rope, RopePairs, SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
+    Activation, AttentionParams, Backend, CacheLayout, CacheType, DType, Issue, KvCacheSpec, LatentHeads, LatentParams,
+    MatrixView, PagedBatch, Rope, RopePairs, SampleParams, SampleRow, SequenceRows, StepRows, TensorUse,
 };
 
 const FITS: &str = "the operands of a benchmark fit each other";
@@ -31,6 +31,9 @@ const PARAMS: AttentionParams =
     AttentionParams { num_heads: 14, num_kv_heads: 2, head_dim: HEAD_DIM, scale: 0.125, window: None, soft_cap: None };
 const QKV: usize = (PARAMS.num_heads + 2 * PARAMS.num_kv_heads) * HEAD_DIM;
 const BLOCK_SIZE: usize = 32;
+/// Of DeepSeek-V2-Lite.
+const LATENT: LatentParams =
+    LatentParams { num_heads: 16, rank: 512, nope_dim: 128, rope_dim: 64, v_dim: 128, scale: 0.1147 };
 
 /// What a benchmark is called, and what one call has to do.
 struct Case {
@@ -226,6 +229,65 @@ impl Kernels {
             let (q, mut out) = (noise(rows * head_dim), vec![0.0; rows * head_dim]);
             let (k, v) = (noise(context * head_dim), noise(context * head_dim));
             time(|| naive::attention(&mut out, &q, &k, &v, head_dim)) * (batch * num_heads) as f64
+        };
+        self.measure(case, setup, naive);
+    }
+
+    /// [`attention`](Self::attention) over latent vectors, in the shape of DeepSeek-V2-Lite.
+    fn latent_attention(&mut self, cache_type: CacheType, batch: usize, rows: usize, context: usize) {
+        let LatentParams { num_heads, rank, nope_dim, rope_dim, v_dim, .. } = LATENT;
+        let kind = if rows == 1 { "decode" } else { "prefill" };
+        let pairs = (batch * rows * (2 * context - rows + 1)) as f64 / 2.0;
+        let spec = |layers| KvCacheSpec {
+            num_layers: layers,
+            num_blocks: batch * context.div_ceil(BLOCK_SIZE),
+            block_size: BLOCK_SIZE,
+            num_kv_heads: 1,
+            head_dim: rank + rope_dim,
+            cache_type,
+            layout: CacheLayout::Latent { rank },
+        };
+        let weights = num_heads * (nope_dim + v_dim) * rank;
+        let layer_bytes = spec(1).num_blocks * spec(1).block_bytes();
+        let (q_cols, out_cols) = (num_heads * (nope_dim + rope_dim), num_heads * v_dim);
+        let case = Case {
+            op: "latent_attention",
+            name: format!("{cache_type}/{kind}-{batch}x{context}-{num_heads}x{}", rank + rope_dim),
+            bytes: (layer_bytes + 2 * weights + batch * rows * (q_cols + out_cols) * size_of::<f32>()) as f64,
+            flops: 2.0 * (pairs * (num_heads * (2 * rank + rope_dim)) as f64 + (batch * rows * weights) as f64),
+        };
+        let layers = self.copies(layer_bytes + 2 * weights);
+        let setup = |backend: &mut CpuBackend| {
+            let mut cache = backend.kv_cache(&spec(layers)).expect("memory for a cache");
+            begin(backend, &ids(batch * context, 0), &paged(batch, context, context), &mut cache);
+            let [mut q, mut kv] = [q_cols, rank + rope_dim].map(|cols| tensor(backend, batch * context, cols));
+            let norm = vec![1.0; rank];
+            for layer in 0..layers {
+                let norm = (&norm, 1e-6);
+                backend.latent_rope_and_cache(&mut q, &mut kv, &mut cache, layer, &LATENT, 0, norm).expect(FITS);
+            }
+            let matrix = |rows: usize, cols: usize| {
+                let bytes = to_bytes(&noise(rows * cols), DType::BF16);
+                let view = MatrixView { bytes: &bytes, dtype: DType::BF16, rows, cols };
+                backend.pack(&[view], None, None).expect("memory for a matrix")
+            };
+            let mut heads = Rotation::new(layers, || LatentHeads {
+                queries: matrix(num_heads * rank, nope_dim),
+                values: matrix(num_heads * v_dim, rank),
+            });
+            begin(backend, &ids(batch * rows, 0), &paged(batch, rows, context), &mut cache);
+            let q = tensor(backend, batch * rows, q_cols);
+            let mut out = tensor(backend, batch * rows, out_cols);
+            let mut layer = 0;
+            move |backend: &mut CpuBackend| {
+                layer = (layer + 1) % layers;
+                backend.latent_attention(&mut out, &q, &cache, layer, &LATENT, heads.next()).expect(FITS);
+            }
+        };
+        let naive = || {
+            let width = rank + rope_dim;
+            let (q, mut out, k) = (noise(rows * width), vec![0.0; rows * width], noise(context * width));
+            time(|| naive::attention(&mut out, &q, &k, &k, width)) * (batch * num_heads) as f64
         };
         self.measure(case, setup, naive);
     }
@@ -473,6 +535,11 @@ fn main() {
         kernels.attention(PARAMS, CacheType::F32, 1, length, length);
     }
     kernels.attention(PARAMS, CacheType::BF16, 1, 1024, 1024);
+    for cache_type in [CacheType::F32, CacheType::BF16] {
+        kernels.latent_attention(cache_type, 1, 1, 8192);
+        kernels.latent_attention(cache_type, 8, 1, 2048);
+        kernels.latent_attention(cache_type, 1, 512, 512);
+    }
     for cache_type in CacheType::ALL {
         kernels.rope_and_cache(cache_type, 256);
     }

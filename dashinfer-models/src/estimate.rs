@@ -126,6 +126,29 @@ mod tests {
     }
 
     #[test]
+    fn latent_vectors_are_all_that_is_cached() {
+        let spec = shapes::named("deepseek-v2-lite").unwrap();
+        let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
+        let source = RandomWeights::new(&spec, 0);
+        let estimate = |quantization| {
+            MemoryEstimate::new(&spec, &source, DType::F32, CacheType::BF16, limits, quantization, &packed_bytes)
+                .unwrap()
+        };
+        let found = estimate(Quantization::NONE);
+        let norms = 27 * (2 * 2048 + 512) + 2048;
+        assert_eq!(found.weight_bytes, 2 * (15_706_484_224 + norms));
+        assert_eq!(found.kv_bytes_per_token, 27 * (512 + 64) * 2);
+        let (attention, shared) = (16 * 192 + 576 + 16 * 128, 3 * 2 * 1408 + 2048);
+        let per_token = 3 * 2048 + attention + 3 * 10944 + shared + 64;
+        assert_eq!(found.activation_bytes, 4 * (512 * per_token + 8 * (2048 + 2048 + 102_400)));
+        // What is between heads and latent vectors stays as it is stored, as does the router.
+        let kept = 27 * 16 * (128 + 128) * 512 + 26 * 64 * 2048;
+        let matrices = 15_706_484_224 - norms - kept;
+        let scales = "a16w8-g32".parse::<Scheme>().unwrap();
+        assert_eq!(estimate(scales.into()).weight_bytes, matrices * 17 / 16 + 2 * kept + 4 * norms);
+    }
+
+    #[test]
     fn schemes_count_as_what_they_take() {
         let spec = shapes::named("qwen2.5-0.5b").unwrap();
         let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };

@@ -113,6 +113,21 @@ fn experts_are_taken_from_a_file_too() {
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 90, "max_position_embeddings": 64,
         "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 50,
         "mlp_only_layers": [1]}"#;
+    check_stored_and_taken(config);
+}
+
+#[test]
+fn latent_attention_is_taken_from_a_file_too() {
+    let config = r#"{"architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "vocab_size": 90, "max_position_embeddings": 64, "q_lora_rank": 30, "kv_lora_rank": 20,
+        "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 9, "first_k_dense_replace": 1, "n_routed_experts": 16,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_shared_experts": 1}"#;
+    check_stored_and_taken(config);
+}
+
+/// Logits are the same without a file, with one that is written, and with one that is there.
+#[track_caller]
+fn check_stored_and_taken(config: &str) {
     let spec = HfConfig::parse(config).unwrap().to_spec().unwrap();
     let source = || RandomWeights::new(&spec, 5);
     for quantization in [Quantization::NONE, a16w4()] {
