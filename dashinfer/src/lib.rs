@@ -63,7 +63,7 @@
 //!
 //! # What runs
 //!
-//! Dense models of the Llama, Mistral, Qwen2 (and 2.5) and Qwen3 families, with weights in f32, f16 or bf16. On the CPU: with kernels for
+//! Models of the families of Llama, Mistral, Qwen, Gemma, GLM, Phi, Baichuan and DeepSeek, with weights in f32, f16 or bf16. On the CPU: with kernels for
 //! x86-64 with AVX2, AVX-512 and AMX and for 64-bit Arm, else with plain code that is much slower; weights can be quantized to 8 and 4
 //! bits while they are loaded ([`Load::quantize`]). On an NVIDIA GPU of compute capability 7.0 or newer, with the feature `cuda`.
 //!
