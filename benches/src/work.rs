@@ -54,7 +54,7 @@ impl ExpertWork {
 }
 
 /// Weights that a row needs behind the output projection of each layer's attention.
-fn behind_attention(spec: &ModelSpec) -> impl Iterator<Item = f64> {
+fn behind_attention(spec: &ModelSpec) -> impl DoubleEndedIterator<Item = f64> {
     let hidden = spec.hidden_size as f64;
     let gated = move |size: usize| 3.0 * hidden * size as f64;
     let dense = gated(spec.mlp.size);
