@@ -42,6 +42,7 @@ mod safetensors;
 pub mod shapes;
 mod source;
 mod spec;
+mod stacked;
 #[cfg(test)]
 mod test_folder;
 mod weight_cache;
@@ -57,7 +58,7 @@ pub use estimate::{MemoryEstimate, PackedBytes};
 pub use families::{Example, FAMILIES, Family, ToSpec};
 pub use generation_config::GenerationConfig;
 pub use loader::LoadProgress;
-pub use names::{ExpertNames, LatentNames, TensorNames};
+pub use names::{ExpertMatrices, ExpertNames, LatentNames, TensorNames};
 pub use quantization::Quantization;
 pub use random::RandomWeights;
 pub use rope::{RopeScaling, RopeSpec};

@@ -7,7 +7,7 @@ use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, cp
 use crate::{
     CacheFault, LoadError, ModelSpec, Quantization, StoredType, WeightCache, WeightSource, WeightsError, WeightsFrom,
     weight_cache::{StoredWeights, Writer},
-    weights::{Fill, LinearPlan, Packed, Plan, StoredHeads, VectorPlan},
+    weights::{Fill, LinearPlan, Packed, Part, Plan, Stacked, StoredHeads, VectorPlan},
 };
 
 /// How far loading has come.
@@ -185,6 +185,13 @@ impl Tensor<'_> {
         to_f32(&self.bytes, self.dtype)
     }
 
+    /// What is a part's of it, which `take` takes out where others are in it too.
+    fn part(self, part: &Part, take: impl FnOnce(&Stacked, &[u8], usize) -> Vec<u8>) -> Self {
+        let Some(stacked) = &part.stacked else { return self };
+        let bytes = take(stacked, &self.bytes, self.dtype.size_bytes());
+        Self { bytes: Cow::Owned(bytes), ..self }
+    }
+
     fn into_type(self, dtype: DType) -> Self {
         if self.dtype == dtype {
             return self;
@@ -215,6 +222,18 @@ impl<B> Loader<'_, B> {
         Ok(Tensor { bytes: self.source.read(name).ok_or_else(missing)?, dtype })
     }
 
+    /// A part, a matrix of `cols` columns.
+    fn part(&self, part: &Part, cols: usize) -> Result<Tensor<'_>, WeightsError> {
+        let tensor = self.read(&part.weight(), &part.weight_shape(cols))?;
+        Ok(tensor.part(part, |stacked, bytes, size| stacked.rows(bytes, [part.rows, cols], size)))
+    }
+
+    /// The bias of a part.
+    fn bias_of(&self, part: &Part) -> Result<Tensor<'_>, WeightsError> {
+        let tensor = self.read(&part.bias(), &part.bias_shape())?;
+        Ok(tensor.part(part, |stacked, bytes, size| stacked.values(bytes, part.rows, size)))
+    }
+
     /// Gives `tensors` back and counts them.
     fn finish(&mut self, tensors: &[String], stored_bytes: usize) {
         for name in tensors {
@@ -230,19 +249,21 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
     type Error = LoadError;
 
     fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, LoadError> {
-        let mut names: Vec<String> = plan.parts.iter().map(|part| part.weight()).collect();
-        let tensors = plan.parts.iter().zip(&names).map(|(part, name)| self.read(name, &[part.rows, plan.cols]));
+        // A tensor that holds several parts is done with the last of them.
+        let last = || plan.parts.iter().filter(|part| part.is_last());
+        let mut names: Vec<String> = last().map(Part::weight).collect();
+        let tensors = plan.parts.iter().map(|part| self.part(part, plan.cols));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let mut stored_bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
 
         let mut bias = Vec::new();
         if plan.bias {
             for part in &plan.parts {
-                names.push(part.bias());
-                let tensor = self.read(&part.bias(), &[part.rows])?;
+                let tensor = self.bias_of(part)?;
                 stored_bytes += tensor.bytes.len();
                 bias.extend(tensor.to_f32());
             }
+            names.extend(last().map(Part::bias));
         }
         let dtype = common_type(tensors.iter().map(|tensor| tensor.dtype));
         let tensors = tensors.into_iter().map(|tensor| tensor.into_type(dtype));
@@ -330,11 +351,10 @@ fn split_heads(stored: &StoredHeads<'_>, bytes: &[u8], size: usize) -> [Vec<u8>;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::Part;
 
     #[test]
     fn heads_are_split_and_their_keys_transposed() {
-        let part = Part { module: "kv_b".to_owned(), rows: 2 };
+        let part = Part::whole("kv_b".to_owned(), 2);
         let stored = StoredHeads { part: &part, num_heads: 2, rank: 3, nope_dim: 2, v_dim: 1 };
         assert_eq!(stored.shape(), [6, 3]);
         let elements = |list: &[u16]| -> Vec<u8> { list.iter().flat_map(|element| element.to_le_bytes()).collect() };
