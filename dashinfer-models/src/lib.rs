@@ -43,6 +43,7 @@ mod safetensors;
 pub mod shapes;
 mod source;
 mod spec;
+mod stacked;
 #[cfg(test)]
 mod test_folder;
 mod weight_cache;
@@ -59,7 +60,7 @@ pub use families::{Example, FAMILIES, Family, ToSpec};
 pub use formats::{Conversion, PackedAs, StoredQuantization};
 pub use generation_config::GenerationConfig;
 pub use loader::LoadProgress;
-pub use names::{ExpertNames, LatentNames, TensorNames};
+pub use names::{ExpertMatrices, ExpertNames, LatentNames, TensorNames};
 pub use quantization::Quantization;
 pub use random::RandomWeights;
 pub use rope::{RopeScaling, RopeSpec};

@@ -9,7 +9,7 @@ use crate::{
     WeightSource, WeightsError, WeightsFrom,
     formats::{self, HeadsForm, MatrixForm},
     weight_cache::{StoredWeights, Writer},
-    weights::{Fill, LinearPlan, Packed, Part, Plan, StoredHeads, VectorPlan},
+    weights::{Fill, LinearPlan, Packed, Part, Plan, Stacked, StoredHeads, VectorPlan},
 };
 
 /// How far loading has come.
@@ -197,6 +197,13 @@ impl Tensor<'_> {
         to_f32(&self.bytes, self.dtype)
     }
 
+    /// What is a part's of it, which `take` takes out where others are in it too.
+    fn part(self, part: &Part, take: impl FnOnce(&Stacked, &[u8], usize) -> Vec<u8>) -> Self {
+        let Some(stacked) = &part.stacked else { return self };
+        let bytes = take(stacked, &self.bytes, self.dtype.size_bytes());
+        Self { bytes: Cow::Owned(bytes), ..self }
+    }
+
     fn into_type(self, dtype: DType) -> Self {
         if self.dtype == dtype {
             return self;
@@ -227,6 +234,18 @@ impl<B> Loader<'_, B> {
         Ok(Tensor { bytes: self.source.read(name).ok_or_else(missing)?, dtype })
     }
 
+    /// A part, a matrix of `cols` columns.
+    fn part(&self, part: &Part, cols: usize) -> Result<Tensor<'_>, WeightsError> {
+        let tensor = self.read(&part.weight(), &part.weight_shape(cols))?;
+        Ok(tensor.part(part, |stacked, bytes, size| stacked.rows(bytes, [part.rows, cols], size)))
+    }
+
+    /// The bias of a part.
+    fn bias_of(&self, part: &Part) -> Result<Tensor<'_>, WeightsError> {
+        let tensor = self.read(&part.bias(), &part.bias_shape())?;
+        Ok(tensor.part(part, |stacked, bytes, size| stacked.values(bytes, part.rows, size)))
+    }
+
     /// Gives `tensors` back and counts them.
     fn finish(&mut self, tensors: &[String]) {
         for name in tensors {
@@ -250,7 +269,7 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
             self.pack(plan, &form, bias.as_deref(), &mut names)?
         };
         if plan.bias {
-            names.extend(plan.parts.iter().map(Part::bias));
+            names.extend(plan.last_parts().map(Part::bias));
         }
         if let Some(writer) = &mut self.writer {
             writer.matrix(self.backend, &packed_shape(plan, &form), &packed);
@@ -336,7 +355,7 @@ impl<B: Backend> Loader<'_, B> {
         let mut bias = Vec::new();
         if plan.bias {
             for part in &plan.parts {
-                bias.extend(self.read(&part.bias(), &[part.rows])?.to_f32());
+                bias.extend(self.bias_of(part)?.to_f32());
             }
         }
         Ok(plan.bias.then_some(bias))
@@ -350,7 +369,7 @@ impl<B: Backend> Loader<'_, B> {
         bias: Option<&[f32]>,
         names: &mut Vec<String>,
     ) -> Result<B::Linear, LoadError> {
-        let tensors = plan.parts.iter().map(|part| self.read(&part.weight(), &[part.rows, plan.cols]));
+        let tensors = plan.parts.iter().map(|part| self.part(part, plan.cols));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let dtype = form.dtype;
         let tensors = tensors.into_iter().map(|tensor| tensor.into_type(dtype));
@@ -365,7 +384,7 @@ impl<B: Backend> Loader<'_, B> {
             .zip(&tensors)
             .map(|(part, tensor)| MatrixView { bytes: &tensor.bytes, dtype, rows: part.rows, cols: plan.cols })
             .collect();
-        names.extend(plan.parts.iter().map(Part::weight));
+        names.extend(plan.last_parts().map(Part::weight));
         Ok(self.backend.pack(&views, bias, form.scheme)?)
     }
 
@@ -418,7 +437,7 @@ pub(crate) mod tests {
 
     #[test]
     fn heads_are_split_and_their_keys_transposed() {
-        let part = Part { module: "kv_b".to_owned(), rows: 2 };
+        let part = Part::whole("kv_b".to_owned(), 2);
         let stored = StoredHeads { part: &part, num_heads: 2, rank: 3, nope_dim: 2, v_dim: 1 };
         assert_eq!(stored.shape(), [6, 3]);
         let elements = |list: &[u16]| -> Vec<u8> { list.iter().flat_map(|element| element.to_le_bytes()).collect() };

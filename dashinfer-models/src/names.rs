@@ -83,12 +83,8 @@ pub struct ExpertNames {
     pub router: &'static str,
     /// What corrects its choice: the whole name of a tensor.
     pub correction: &'static str,
-    /// The modules of expert `i` stand behind `{each}.{i}.`.
-    pub each: &'static str,
-    /// The projections to gate and up of each.
-    pub gate_up: [&'static str; 2],
-    /// The output projection of each.
-    pub down: &'static str,
+    /// Those of the experts that are chosen.
+    pub matrices: ExpertMatrices,
     /// The projections to gate and up of the shared expert.
     pub shared_gate_up: [&'static str; 2],
     /// The output projection of the shared expert.
@@ -97,14 +93,34 @@ pub struct ExpertNames {
     pub shared_gate: &'static str,
 }
 
+/// How the matrices of a layer's experts are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExpertMatrices {
+    /// Each in a module of its own, those of expert `i` behind `{experts}.{i}.`.
+    Each {
+        /// What their names start with.
+        experts: &'static str,
+        /// The projections to gate and up.
+        gate_up: [&'static str; 2],
+        /// The output projection.
+        down: &'static str,
+    },
+    /// Transposed, and stacked in one tensor for all of a layer's experts, with the biases beside it in `{name}_bias` (gpt-oss).
+    Stacked {
+        /// `[N, E, 2 F]`: columns of gate and up by turns. The whole name.
+        gate_up: &'static str,
+        /// `[N, F, E]`. The whole name.
+        down: &'static str,
+    },
+}
+
 impl ExpertNames {
     /// The names of Qwen, from which others differ in a few.
     pub const QWEN: Self = Self {
         router: "mlp.gate",
         correction: "mlp.gate.e_score_correction_bias",
-        each: "mlp.experts",
-        gate_up: ["gate_proj", "up_proj"],
-        down: "down_proj",
+        matrices: ExpertMatrices::Each { experts: "mlp.experts", gate_up: ["gate_proj", "up_proj"], down: "down_proj" },
         shared_gate_up: ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
         shared_down: "mlp.shared_expert.down_proj",
         shared_gate: "mlp.shared_expert_gate",

@@ -5,7 +5,7 @@
 
 use dashinfer_kernels::{Backend, LatentHeads};
 
-use crate::{Attention, Experts, GroupedAttention, LatentAttention, ModelSpec, TensorNames};
+use crate::{Attention, ExpertMatrices, Experts, GroupedAttention, LatentAttention, ModelSpec, TensorNames};
 
 /// The decoder's parameters, with `L` for a linear operator's weight, `V` for a vector, and `X` for the experts of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,9 +147,22 @@ pub(crate) enum Role {
 /// One tensor of a [`LinearPlan`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Part {
-    /// Of the weight and its bias, up to the last dot.
+    /// Of the weight and its bias, up to the last dot; of a stacked part, the whole name of the weight.
     pub(crate) module: String,
     pub(crate) rows: usize,
+    /// Where it stands in its tensor, if that holds other parts too.
+    pub(crate) stacked: Option<Stacked>,
+}
+
+/// One of `count` matrices that are stacked in a tensor `[count, cols, width]`, each transposed. The rows of the part are its columns
+/// `first`, `first + step`, and so on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stacked {
+    pub(crate) index: usize,
+    pub(crate) count: usize,
+    pub(crate) width: usize,
+    pub(crate) first: usize,
+    pub(crate) step: usize,
 }
 
 /// A vector to be uploaded.
@@ -171,18 +184,53 @@ pub(crate) type Packed<B> = Weights<<B as Backend>::Linear, <B as Backend>::Vect
 type LayerPlan = LayerWeights<LinearPlan, VectorPlan, ExpertsPlan>;
 
 impl Part {
+    /// All of the tensor `{module}.weight`, and of the bias beside it if there is one.
+    pub(crate) fn whole(module: String, rows: usize) -> Self {
+        Self { module, rows, stacked: None }
+    }
+
     pub(crate) fn weight(&self) -> String {
-        format!("{}.weight", self.module)
+        if self.stacked.is_some() { self.module.clone() } else { format!("{}.weight", self.module) }
     }
 
     pub(crate) fn bias(&self) -> String {
-        format!("{}.bias", self.module)
+        if self.stacked.is_some() { format!("{}_bias", self.module) } else { format!("{}.bias", self.module) }
+    }
+
+    /// The shape of the tensor that holds it, a matrix of `cols` columns.
+    pub(crate) fn weight_shape(&self, cols: usize) -> Vec<usize> {
+        self.stacked.map_or_else(|| vec![self.rows, cols], |stacked| vec![stacked.count, cols, stacked.width])
+    }
+
+    /// The shape of the tensor that holds its bias.
+    pub(crate) fn bias_shape(&self) -> Vec<usize> {
+        self.stacked.map_or_else(|| vec![self.rows], |stacked| vec![stacked.count, stacked.width])
+    }
+
+    /// Whether it is the first of its tensor.
+    pub(crate) fn is_first(&self) -> bool {
+        self.stacked.is_none_or(|Stacked { index, first, .. }| index == 0 && first == 0)
+    }
+
+    /// Whether it is the last of its tensor.
+    pub(crate) fn is_last(&self) -> bool {
+        self.stacked.is_none_or(|Stacked { index, count, first, step, .. }| index + 1 == count && first + 1 == step)
     }
 }
 
 impl LinearPlan {
     pub(crate) fn rows(&self) -> usize {
         self.parts.iter().map(|part| part.rows).sum()
+    }
+
+    /// The parts that are the first of their tensors.
+    pub(crate) fn first_parts(&self) -> impl Iterator<Item = &Part> {
+        self.parts.iter().filter(|part| part.is_first())
+    }
+
+    /// The parts that are the last of their tensors, which are done with them.
+    pub(crate) fn last_parts(&self) -> impl Iterator<Item = &Part> {
+        self.parts.iter().filter(|part| part.is_last())
     }
 }
 
@@ -225,7 +273,7 @@ impl Plan {
     pub(crate) fn new(spec: &ModelSpec) -> Self {
         let (hidden, names) = (spec.hidden_size, &spec.names);
         let vocab = |module: &str| LinearPlan {
-            parts: vec![Part { module: module.to_owned(), rows: spec.vocab_size }],
+            parts: vec![Part::whole(module.to_owned(), spec.vocab_size)],
             cols: hidden,
             bias: false,
             role: Role::Vocabulary,
@@ -260,9 +308,9 @@ impl Plan {
             type Error = std::convert::Infallible;
 
             fn linear(&mut self, plan: &LinearPlan) -> Result<(), Self::Error> {
-                self.0.extend(plan.parts.iter().map(|part| (part.weight(), vec![part.rows, plan.cols])));
+                self.0.extend(plan.first_parts().map(|part| (part.weight(), part.weight_shape(plan.cols))));
                 if plan.bias {
-                    self.0.extend(plan.parts.iter().map(|part| (part.bias(), vec![part.rows])));
+                    self.0.extend(plan.first_parts().map(|part| (part.bias(), part.bias_shape())));
                 }
                 Ok(())
             }
@@ -360,7 +408,7 @@ impl LayerNames<'_> {
         let (hidden, names) = (self.spec.hidden_size, &self.spec.names.latent);
         let q_rows = num_heads * (nope_dim + rope_dim);
         let heads = |rows, cols| LinearPlan {
-            parts: vec![Part { module: self.name(names.kv_b), rows }],
+            parts: vec![Part::whole(self.name(names.kv_b), rows)],
             cols,
             bias: false,
             role: Role::Latent,
@@ -397,10 +445,16 @@ impl LayerNames<'_> {
         let num_experts = experts.routing.num_experts;
         let router =
             |name, rows, bias| LinearPlan { role: Role::Router, ..self.linear(&[name], &[rows], hidden, bias) };
-        let expert = |index: usize| {
-            let name = |module| format!("{}.{index}.{module}", names.each);
-            let [gate, up] = names.gate_up.map(name);
-            self.gated(&[&gate, &up], &name(names.down), experts.size, experts.bias)
+        let expert = |index: usize| match names.matrices {
+            ExpertMatrices::Each { experts: each, gate_up, down } => {
+                let name = |module| format!("{each}.{index}.{module}");
+                let [gate, up] = gate_up.map(name);
+                self.gated(&[&gate, &up], &name(down), experts.size, experts.bias)
+            }
+            ExpertMatrices::Stacked { gate_up, down } => GatedWeights {
+                gate_up: self.stacked(gate_up, [num_experts, index], [hidden, 2 * experts.size], 2, experts.bias),
+                down: self.stacked(down, [num_experts, index], [experts.size, hidden], 1, experts.bias),
+            },
         };
         ExpertWeights {
             router: router(names.router, num_experts, experts.router_bias),
@@ -417,6 +471,23 @@ impl LayerNames<'_> {
         }
     }
 
+    /// Matrix `index` of `count` in the tensor `[count, cols, width]` of this name: `parts` parts, whose columns take turns.
+    fn stacked(
+        &self,
+        name: &str,
+        [count, index]: [usize; 2],
+        [cols, width]: [usize; 2],
+        parts: usize,
+        bias: bool,
+    ) -> LinearPlan {
+        let part = |first| Part {
+            module: self.name(name),
+            rows: width / parts,
+            stacked: Some(Stacked { index, count, width, first, step: parts }),
+        };
+        LinearPlan { parts: (0..parts).map(part).collect(), cols, bias, role: Role::Layer, unit_rows: false }
+    }
+
     fn name(&self, name: &str) -> String {
         format!("{}.{}.{name}", self.spec.names.layers, self.layer)
     }
@@ -428,11 +499,11 @@ impl LayerNames<'_> {
     /// A matrix of parts of `rows` rows, each a module of its own or all in one.
     fn linear(&self, modules: &[&str], rows: &[usize], cols: usize, bias: bool) -> LinearPlan {
         let parts = match modules {
-            [all] => vec![Part { module: self.name(all), rows: rows.iter().sum() }],
+            [all] => vec![Part::whole(self.name(all), rows.iter().sum())],
             _ => {
                 debug_assert_eq!(modules.len(), rows.len(), "one module for each part, or one for all");
                 let parts = modules.iter().zip(rows);
-                parts.map(|(module, rows)| Part { module: self.name(module), rows: *rows }).collect()
+                parts.map(|(module, rows)| Part::whole(self.name(module), *rows)).collect()
             }
         };
         LinearPlan { parts, cols, bias, role: Role::Layer, unit_rows: false }

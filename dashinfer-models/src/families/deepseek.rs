@@ -11,6 +11,13 @@ use crate::{
 /// The norms of latent vectors take the default of the reference's class, whatever the config says of others.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
+/// Experts as in Qwen, and one of every token.
+pub(super) const EXPERT_NAMES: ExpertNames = ExpertNames {
+    shared_gate_up: ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+    shared_down: "mlp.shared_experts.down_proj",
+    ..ExpertNames::QWEN
+};
+
 /// DeepSeek-V2 and its Lite. Experts are weighted by a softmax over all of them; like the reference, this does not read
 /// `norm_topk_prob`. <https://arxiv.org/abs/2405.04434>
 pub(super) fn deepseek_v2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
@@ -29,7 +36,7 @@ pub(super) fn deepseek_v2(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let scale = object.number("routed_scaling_factor")?.unwrap_or(1.0) as f32;
     let routing =
         |num_experts, top_k| Routing { num_experts, top_k, scoring: Scoring::Softmax, groups, normalize: false, scale };
-    set_experts(&mut spec, object, routing)?;
+    set_experts(&mut spec, object, 0, routing)?;
     Ok(spec)
 }
 
@@ -50,7 +57,7 @@ pub(super) fn deepseek_v3(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let scale = object.number("routed_scaling_factor")?.unwrap_or(2.5) as f32;
     let routing =
         |num_experts, top_k| Routing { num_experts, top_k, scoring: Scoring::Sigmoid, groups, normalize, scale };
-    set_experts(&mut spec, object, routing)?;
+    set_experts(&mut spec, object, 0, routing)?;
     if let Some(experts) = &mut spec.experts {
         experts.correction = true;
     }
@@ -92,23 +99,20 @@ fn latent(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = config.decoder(&Dialect::LLAMA, Attention::Latent(attention), rope)?;
     attention.scale *= deepseek_score_factor(object, &spec.ropes[0].scaling)? as f32;
     spec.attention = Attention::Latent(attention);
-    spec.names.experts = ExpertNames {
-        shared_gate_up: ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
-        shared_down: "mlp.shared_experts.down_proj",
-        ..ExpertNames::QWEN
-    };
+    spec.names.experts = EXPERT_NAMES;
     Ok(spec)
 }
 
-/// Experts in the layers from `first_k_dense_replace` on whose number `moe_layer_freq` divides, if there are any. `routing` is made for
-/// their number, and how many of them each token has.
-fn set_experts(
+/// Experts in the layers from `first_k_dense_replace` on whose number `moe_layer_freq` divides, if there are any. Where the config does not say, the
+/// layers start at `first`. `routing` is made for their number, and how many of them each token has.
+pub(super) fn set_experts(
     spec: &mut ModelSpec,
     config: Object<'_>,
+    first: usize,
     routing: impl FnOnce(usize, usize) -> Routing,
 ) -> Result<(), ConfigError> {
     let Some(num_experts) = config.count("n_routed_experts")? else { return Ok(()) };
-    let first = config.count("first_k_dense_replace")?.unwrap_or(0);
+    let first = config.count("first_k_dense_replace")?.unwrap_or(first);
     let every = config.count("moe_layer_freq")?.unwrap_or(1);
     if every == 0 {
         return Err(ConfigError::value("moe_layer_freq", "1 or more", every));

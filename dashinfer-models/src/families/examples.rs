@@ -164,3 +164,22 @@ pub(super) const DEEPSEEK_V3: Example = Example {
         "rope_theta": 10000, "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
         "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}, "torch_dtype": "bfloat16"}"#,
 };
+
+pub(super) const GLM4_MOE: Example = Example {
+    model: "zai-org/GLM-4.5-Air",
+    config: r#"{"hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96,
+        "num_key_value_heads": 8, "head_dim": 128, "attention_bias": true, "use_qk_norm": false, "n_routed_experts": 128,
+        "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": true,
+        "num_nextn_predict_layers": 1, "vocab_size": 151552, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000, "rope_scaling": null, "partial_rotary_factor": 0.5, "torch_dtype": "bfloat16"}"#,
+};
+
+pub(super) const GPT_OSS: Example = Example {
+    model: "openai/gpt-oss-20b",
+    config: r#"{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "attention_bias": true, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "swiglu_limit": 7.0, "sliding_window": 128, "vocab_size": 201088, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-05, "rope_theta": 150000, "rope_scaling": {"rope_type": "yarn", "factor": 32.0,
+        "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096, "truncate": false}}"#,
+};

@@ -3,7 +3,7 @@
 use dashinfer_kernels::{Routing, Scoring};
 
 use super::{llama, qwen};
-use crate::{ConfigError, ExpertNames, Experts, HfConfig, ModelSpec, SharedExpert, json::Object};
+use crate::{ConfigError, ExpertMatrices, ExpertNames, Experts, HfConfig, ModelSpec, SharedExpert, json::Object};
 
 /// Mistral with experts in every layer. <https://arxiv.org/abs/2401.04088>
 pub(super) fn mixtral(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
@@ -18,9 +18,7 @@ pub(super) fn mixtral(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     }
     spec.names.experts = ExpertNames {
         router: "block_sparse_moe.gate",
-        each: "block_sparse_moe.experts",
-        gate_up: ["w1", "w3"],
-        down: "w2",
+        matrices: ExpertMatrices::Each { experts: "block_sparse_moe.experts", gate_up: ["w1", "w3"], down: "w2" },
         ..ExpertNames::QWEN
     };
     Ok(spec)

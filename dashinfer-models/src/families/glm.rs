@@ -1,8 +1,9 @@
-//! GLM-4 as `transformers` has it: pairs of neighbours are rotated, over half of each head.
+//! GLM-4 as `transformers` has it: half of each head is rotated, in pairs of neighbours, or of halves where there are experts.
 
-use dashinfer_kernels::RopePairs;
+use dashinfer_kernels::{ExpertGroups, GroupScore, RopePairs, Routing, Scoring};
 use serde_json::json;
 
+use super::deepseek;
 use crate::{ConfigError, HfConfig, ModelSpec, TensorNames, dialect::Dialect};
 
 const KEYS: Dialect = Dialect { pairs: RopePairs::Interleaved, rotated: Some(0.5), ..Dialect::LLAMA };
@@ -23,6 +24,33 @@ pub(super) fn glm(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
 pub(super) fn glm4(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
     let mut spec = glm(config)?;
     spec.post_norms = true;
+    Ok(spec)
+}
+
+/// GLM-4.5: experts as DeepSeek-V3 has them, behind grouped-query attention. <https://arxiv.org/abs/2508.06471>
+pub(super) fn glm4_moe(config: &HfConfig) -> Result<ModelSpec, ConfigError> {
+    let keys = Dialect { pairs: RopePairs::Halves, ..KEYS };
+    let mut spec = config.llama_like_in(&keys)?;
+    let config = config.object();
+    let attention = spec.grouped();
+    attention.qkv_bias = config.flag("attention_bias")?.unwrap_or(false);
+    attention.qk_norm = config.flag("use_qk_norm")?.unwrap_or(false);
+    // What is absent is the reference's default.
+    let groups = Some(ExpertGroups {
+        num_groups: config.count("n_group")?.unwrap_or(1),
+        top_groups: config.count("topk_group")?.unwrap_or(1),
+        score: GroupScore::TopTwo,
+    });
+    let normalize = config.flag("norm_topk_prob")?.unwrap_or(true);
+    let scale = config.number("routed_scaling_factor")?.unwrap_or(1.0) as f32;
+    let routing =
+        |num_experts, top_k| Routing { num_experts, top_k, scoring: Scoring::Sigmoid, groups, normalize, scale };
+    deepseek::set_experts(&mut spec, config, 1, routing)?;
+    if let Some(experts) = &mut spec.experts {
+        experts.correction = true;
+    }
+    spec.names.experts = deepseek::EXPERT_NAMES;
+    spec.extra_layers = config.count("num_nextn_predict_layers")?.unwrap_or(1);
     Ok(spec)
 }
 
@@ -49,6 +77,17 @@ mod tests {
         };
         assert_eq!(error(1.5), "partial_rotary_factor: wanted above 0 and at most 1, found 1.5");
         assert_eq!(error(0.001), "head_dim: wanted an even number of rotated values, found 0");
+    }
+
+    #[test]
+    fn experts_are_behind_the_first_layer() {
+        let spec = spec_of("Glm4MoeForCausalLM", json!({"first_k_dense_replace": null, "num_hidden_layers": 3}));
+        assert_eq!(spec.layers.iter().map(|layer| layer.experts).collect::<Vec<_>>(), [false, true, true]);
+        assert_eq!((spec.ropes[0].pairs, spec.ropes[0].rotary_dim), (RopePairs::Halves, 64));
+        let dense = spec_of("Glm4MoeForCausalLM", json!({"first_k_dense_replace": 46}));
+        assert_eq!(dense.experts, None);
+        let attention = attention_of(&spec_of("Glm4MoeForCausalLM", json!({"use_qk_norm": true})));
+        assert!(attention.qk_norm && attention.qkv_bias && !attention.out_bias);
     }
 
     #[test]

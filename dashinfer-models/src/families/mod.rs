@@ -7,6 +7,7 @@ mod examples;
 mod experts;
 mod gemma;
 mod glm;
+mod gpt_oss;
 mod llama;
 mod phi;
 mod qwen;
@@ -63,6 +64,8 @@ pub static FAMILIES: &[Family] = &[
     family("Qwen3MoeForCausalLM", "Qwen3-MoE", examples::QWEN3_MOE, experts::qwen3_moe),
     family("DeepseekV2ForCausalLM", "DeepSeek-V2", examples::DEEPSEEK_V2, deepseek::deepseek_v2),
     family("DeepseekV3ForCausalLM", "DeepSeek-V3, R1", examples::DEEPSEEK_V3, deepseek::deepseek_v3),
+    family("Glm4MoeForCausalLM", "GLM-4.5, GLM-4.6", examples::GLM4_MOE, glm::glm4_moe),
+    family("GptOssForCausalLM", "gpt-oss", examples::GPT_OSS, gpt_oss::gpt_oss),
 ];
 
 const fn family(architecture: &'static str, name: &'static str, example: Example, to_spec: ToSpec) -> Family {
@@ -135,6 +138,8 @@ pub(crate) mod tests {
             ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
             ("deepseek-ai/DeepSeek-V2-Lite-Chat", 15_706_484_224),
             ("deepseek-ai/DeepSeek-V3", 671_026_419_200),
+            ("zai-org/GLM-4.5-Air", 106_852_251_264),
+            ("openai/gpt-oss-20b", 20_914_757_184),
         ];
         assert_eq!(sizes, wanted);
     }

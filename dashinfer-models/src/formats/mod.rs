@@ -376,19 +376,19 @@ pub(crate) fn wanted(
         type Error = WeightsError;
 
         fn linear(&mut self, plan: &LinearPlan) -> Result<(), WeightsError> {
-            for part in &plan.parts {
+            for part in plan.first_parts() {
                 match module(self.stored, self.source, part, plan)? {
                     Some(module) => self.wanted.extend(module.tensors),
                     None => self.wanted.push(Wanted {
                         name: part.weight(),
-                        shape: vec![part.rows, plan.cols],
+                        shape: part.weight_shape(plan.cols),
                         types: Types::Float,
                     }),
                 }
             }
             if plan.bias {
-                let bias = |part: &Part| Wanted { name: part.bias(), shape: vec![part.rows], types: Types::Float };
-                self.wanted.extend(plan.parts.iter().map(bias));
+                let bias = |part: &Part| Wanted { name: part.bias(), shape: part.bias_shape(), types: Types::Float };
+                self.wanted.extend(plan.first_parts().map(bias));
             }
             Ok(())
         }
@@ -437,7 +437,7 @@ fn heads_module(
 ) -> Result<Option<StoredModule>, WeightsError> {
     let heads = StoredHeads::new(plan);
     let [rows, cols] = heads.shape();
-    let part = Part { module: heads.part.module.clone(), rows };
+    let part = Part::whole(heads.part.module.clone(), rows);
     stored.map_or(Ok(None), |stored| stored.module(source, &part, cols, Role::Latent))
 }
 

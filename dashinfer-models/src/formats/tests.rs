@@ -103,7 +103,7 @@ fn stored(config: Value) -> Result<StoredQuantization, String> {
 
 fn linear(rows: usize, cols: usize) -> LinearPlan {
     LinearPlan {
-        parts: vec![Part { module: "m".to_owned(), rows }],
+        parts: vec![Part::whole("m".to_owned(), rows)],
         cols,
         bias: false,
         role: Role::Layer,
@@ -522,7 +522,7 @@ const GOLDENS: [&str; 10] = [
 fn heads_of_latent_attention_are_split_from_values() {
     let (num_heads, rank, nope_dim, v_dim) = (3, 40, 16, 24);
     let (rows, mut random) = (num_heads * (nope_dim + v_dim), Random(5));
-    let part = |rows| vec![Part { module: "m".to_owned(), rows }];
+    let part = |rows| vec![Part::whole("m".to_owned(), rows)];
     let matrix = |rows, cols| LinearPlan { parts: part(rows), cols, bias: false, role: Role::Latent, unit_rows: false };
     let plan = LatentHeads { queries: matrix(num_heads * rank, nope_dim), values: matrix(num_heads * v_dim, rank) };
     let weight = random.codes(rows * rank, 7).into_iter().map(|byte| if byte == 127 { 0 } else { byte }).collect();
