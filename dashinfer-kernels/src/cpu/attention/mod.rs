@@ -43,7 +43,10 @@ const QUERIES_PER_UNIT: usize = 48;
 
 /// Units are cut into runs of ranges when there are fewer than this for each thread, into about as many tasks as this.
 const UNITS_PER_THREAD: usize = 4;
-const TASKS_PER_THREAD: usize = 8;
+const TASKS_PER_THREAD: usize = 4;
+
+/// Partials of fewer values than this are added up on one thread.
+const PARALLEL_FROM: usize = 1 << 13;
 
 /// The most heads of a unit over latent vectors, which all heads share.
 const MOST_SHARING_HEADS: usize = 32;
@@ -135,24 +138,23 @@ impl Work<'_> {
         }
     }
 
-    /// Writes the outputs of a unit.
+    /// Writes the outputs of some queries of a unit.
     ///
     /// # Safety
-    /// The unit lies within the work, `sum` holds its queries, and no other thread writes these heads of these rows.
-    unsafe fn store(&self, unit: &Unit, sum: &mut Partial<'_>) {
+    /// The unit lies within the work, `sum` holds these queries, and no other thread writes their outputs.
+    unsafe fn store(&self, unit: &Unit, queries: Range<usize>, sum: &mut Partial<'_>) {
         let (num_heads, d) = (unit.heads.len(), self.cache.value_dim());
-        for (i, row) in unit.rows.clone().enumerate() {
-            for (j, head) in unit.heads.clone().enumerate() {
-                let sink = self.sinks.map(|sinks| sinks[head] * std::f32::consts::LOG2_E);
-                let value = &mut sum.mean(i * num_heads + j, sink)[..d];
-                if self.cache.spec().cache_type == CacheType::Uint4 {
-                    uint4::rotate(value);
-                }
-                // SAFETY: the place lies in `out`; the caller vouches for exclusive access.
-                unsafe {
-                    let to = self.out.get().add(((row - self.rows.start) * self.params.num_heads + head) * d);
-                    to.copy_from_nonoverlapping(value.as_ptr(), d);
-                }
+        for (at, query) in queries.enumerate() {
+            let (row, head) = (unit.rows.start + query / num_heads, unit.heads.start + query % num_heads);
+            let sink = self.sinks.map(|sinks| sinks[head] * std::f32::consts::LOG2_E);
+            let value = &mut sum.mean(at, sink)[..d];
+            if self.cache.spec().cache_type == CacheType::Uint4 {
+                uint4::rotate(value);
+            }
+            // SAFETY: the place lies in `out`; the caller vouches for exclusive access.
+            unsafe {
+                let to = self.out.get().add(((row - self.rows.start) * self.params.num_heads + head) * d);
+                to.copy_from_nonoverlapping(value.as_ptr(), d);
             }
         }
     }
@@ -243,7 +245,7 @@ pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratc
                 sum.add(&range);
             }
             // SAFETY: units are disjoint in rows and heads.
-            unsafe { work.store(unit, &mut sum) };
+            unsafe { work.store(unit, 0..queries, &mut sum) };
         });
         return;
     }
@@ -267,22 +269,31 @@ pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratc
             unsafe { variant(&span, &mut scratch.range, &mut Partial::new(range, queries)) };
         }
     });
-    // The tasks of a unit follow each other, and so do their partials.
-    let partials = &mut *partials;
-    let mut rest = &mut partials[..];
-    for unit in units {
-        let queries = work.num_queries(unit);
-        let len = Partial::len(queries, width);
-        let (first, others) = rest.split_at_mut(unit.ranges.len() * len);
-        rest = others;
-        let (sum, ranges) = first.split_at_mut(len);
-        let mut sum = Partial::new(sum, queries);
-        for range in ranges.chunks_exact_mut(len) {
-            sum.add(&Partial::new(range, queries));
+    // The tasks of a unit follow each other, and so do their partials. Queries are added up apart from each other, so threads share them.
+    let total: usize = units.iter().map(|unit| work.num_queries(unit)).sum();
+    let per_task = if len < PARALLEL_FROM { total } else { total.div_ceil(2 * pool.num_threads()) };
+    pool.run(total.div_ceil(per_task), &|task, _| {
+        let wanted = task * per_task..total.min((task + 1) * per_task);
+        let (mut first, mut partial) = (0, 0);
+        for unit in units {
+            let queries = work.num_queries(unit);
+            let len = Partial::len(queries, width);
+            let (from, to) = (wanted.start.max(first), wanted.end.min(first + queries));
+            if from < to {
+                let these = from - first..to - first;
+                // SAFETY: the partials of the unit's ranges were written by the tasks before, and no other thread has these queries.
+                let part = |i: usize| unsafe {
+                    Partial::of(start.get().add(partial + i * len), queries, width, these.clone())
+                };
+                let mut sum = part(0);
+                (1..unit.ranges.len()).for_each(|i| sum.add(&part(i)));
+                // SAFETY: no other thread has these queries.
+                unsafe { work.store(unit, these, &mut sum) };
+            }
+            first += queries;
+            partial += unit.ranges.len() * len;
         }
-        // SAFETY: this is the only thread that writes outputs.
-        unsafe { work.store(unit, &mut sum) };
-    }
+    });
 }
 
 /// Heads of a unit: those of a key/value head; of latent vectors, fewer where there would be too few units, even cut, for the threads.

@@ -1,5 +1,7 @@
 //! What some positions give some queries: weighted sums of values, and what is needed to add those of other positions.
 
+use std::ops::Range;
+
 /// Sums over some positions, for each of `Q` queries. Weights are `2^(score − max)`.
 pub(crate) struct Partial<'a> {
     /// `[Q, width]`: the sum of weight times value.
@@ -21,6 +23,22 @@ impl<'a> Partial<'a> {
         let (max, rest) = memory.split_at_mut(queries);
         let (sum, out) = rest.split_at_mut(queries);
         Self { out, max, sum }
+    }
+
+    /// Some queries of one at `memory` of `queries` queries.
+    ///
+    /// # Safety
+    /// There is one, and these queries of it are accessed in no other way meanwhile.
+    pub(super) unsafe fn of(memory: *mut f32, queries: usize, width: usize, these: Range<usize>) -> Self {
+        // SAFETY: the caller's promise; a partial is `[Q]`, `[Q]` and `[Q, width]` values.
+        unsafe {
+            let slice = |at: usize, len| std::slice::from_raw_parts_mut(memory.add(at), len);
+            Self {
+                max: slice(these.start, these.len()),
+                sum: slice(queries + these.start, these.len()),
+                out: slice(2 * queries + these.start * width, these.len() * width),
+            }
+        }
     }
 
     pub(super) fn num_queries(&self) -> usize {
