@@ -19,9 +19,9 @@ use tokio::sync::mpsc;
 const USAGE: &str = "\
 A conversation. Ctrl-C ends an answer; at the prompt it ends the program, as the end of the input does.
 
-chat [--model FOLDER] [--system TEXT] [--max-tokens N] [--temperature T] [--quantize Q] [--weight-cache FOLDER] [--threads N]
+chat [--model PATH] [--system TEXT] [--max-tokens N] [--temperature T] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
-  --model FOLDER   a Hugging Face checkpoint with a chat template (default: the bundled model,
+  --model PATH     a Hugging Face checkpoint or a GGUF file, with a chat template (default: the bundled model,
                    which knows one question: Explain error E0382.)
   --system TEXT    what the model is told about its task
   --max-tokens N   tokens of an answer at most (default: 400)

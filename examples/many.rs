@@ -15,11 +15,11 @@ use futures::{StreamExt, stream};
 const USAGE: &str = "\
 Serves some hundred requests at once, and says how that went.
 
-many [--requests N] [--max-tokens N] [--model FOLDER] [--memory-limit BYTES] [--quantize Q] [--weight-cache FOLDER] [--threads N]
+many [--requests N] [--max-tokens N] [--model PATH] [--memory-limit BYTES] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
   --requests N          how many (default: 300)
   --max-tokens N        tokens that each of them generates at most (default: 64)
-  --model FOLDER        a Hugging Face checkpoint (default: the bundled model)
+  --model PATH          a Hugging Face checkpoint or a GGUF file (default: the bundled model)
   --memory-limit BYTES  for weights, activations and KV cache together; K, M and G are understood.
                         A small one makes sequences give their blocks back and start again (preemptions)
   --quantize Q          none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only

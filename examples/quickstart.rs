@@ -14,9 +14,9 @@ use futures::StreamExt;
 const USAGE: &str = "\
 Goes on from a prompt, and shows the text as it is generated.
 
-quickstart [PROMPT] [--model FOLDER] [--device D] [--max-tokens N] [--quantize Q] [--weight-cache FOLDER] [--threads N]
+quickstart [PROMPT] [--model PATH] [--device D] [--max-tokens N] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
-  --model FOLDER   a Hugging Face checkpoint (default: the bundled model)
+  --model PATH     a Hugging Face checkpoint or a GGUF file (default: the bundled model)
   --device D       auto, cpu, cuda or cuda:N (default: a GPU if there is one and the feature `cuda`)
   --max-tokens N   stop after so many (default: 180)
   --quantize Q     none (default), or a scheme for the weights: a16w8, a8w8, a16w4-g32, .. (docs/quantization.md); CPU only

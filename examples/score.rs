@@ -1,7 +1,7 @@
 //! Scores token sequences: logits of every position and a greedy continuation of each, from file to file.
 //!
 //! ```console
-//! $ cargo run --release --example score -- MODEL_DIR in.safetensors out.safetensors
+//! $ cargo run --release --example score -- MODEL in.safetensors out.safetensors
 //! ```
 
 use std::fs;
@@ -15,7 +15,7 @@ use examples::{Args, Failure};
 const USAGE: &str = "\
 Scores token sequences: logits of every position and a greedy continuation of each.
 
-score MODEL_DIR IN.safetensors OUT.safetensors [--device D] [--compute TYPE] [--quantize Q] [--weight-cache FOLDER] [--threads N]
+score MODEL IN.safetensors OUT.safetensors [--device D] [--compute TYPE] [--quantize Q] [--weight-cache FOLDER] [--threads N]
 
 For each tensor `prompt_i_ids` (int64, [T]) of IN, OUT gets
   prompt_i_logits      float32, [T, V]: the logits of every position
@@ -38,7 +38,7 @@ async fn main() -> Result<(), Failure> {
     let quantization = args.option::<Quantization>("--quantize")?.unwrap_or_default();
     let weight_cache = args.path("--weight-cache")?;
     let threads = args.option::<NonZeroUsize>("--threads")?;
-    let model = PathBuf::from(args.word("MODEL_DIR")?);
+    let model = PathBuf::from(args.word("MODEL")?);
     let input = PathBuf::from(args.word("IN.safetensors")?);
     let output = PathBuf::from(args.word("OUT.safetensors")?);
     args.end()?;

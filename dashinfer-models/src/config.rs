@@ -35,6 +35,11 @@ impl HfConfig {
         Ok(Self { map: json::parse(text.as_bytes(), Path::new("config.json"))? })
     }
 
+    /// A config of these keys.
+    pub(crate) fn from_map(map: Map<String, Value>) -> Self {
+        Self { map }
+    }
+
     /// The strict description of the model.
     ///
     /// # Errors

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use dashinfer_kernels::KernelError;
 
+use crate::GgufFault;
+
 /// A `config.json` or `generation_config.json` that cannot be read, or that describes no model we can run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -63,7 +65,7 @@ impl ConfigError {
     }
 }
 
-/// A folder whose safetensors files cannot be read.
+/// Safetensors or GGUF files that cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
@@ -108,6 +110,14 @@ pub enum CheckpointError {
         /// What is wrong with it.
         #[source]
         source: serde_json::Error,
+    },
+    /// A file that is no GGUF file that can be read.
+    #[error("{}: {fault}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: GgufFault,
     },
     /// An index that is not JSON of the right form.
     #[error("{} is not an index of shards", path.display())]

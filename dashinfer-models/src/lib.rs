@@ -3,8 +3,8 @@
 //! ```text
 //! config.json ──▶ HfConfig ──▶ ModelSpec ──┐
 //! *.safetensors ──▶ Checkpoint ────────────┼──▶ Decoder<B: Backend> ──▶ Logits
-//! (or RandomWeights)                       │         ▲
-//!                                  ForwardBatch, KV cache
+//! (or a Gguf, which is both;                │         ▲
+//! or RandomWeights)               ForwardBatch, KV cache
 //! ```
 //!
 //! [`HfConfig`] reads what others wrote, permissively. [`ModelSpec`] is strict. A family is a few facts in [`FAMILIES`];
@@ -33,8 +33,10 @@ mod estimate;
 mod families;
 mod formats;
 mod generation_config;
+mod gguf;
 mod json;
 mod loader;
+mod mapped;
 mod names;
 mod quantization;
 mod random;
@@ -59,6 +61,7 @@ pub use estimate::{MemoryEstimate, PackedBytes};
 pub use families::{Example, FAMILIES, Family, ToSpec};
 pub use formats::{Conversion, PackedAs, StoredQuantization};
 pub use generation_config::GenerationConfig;
+pub use gguf::{Gguf, GgufFault, GgufTokenizer, GgufWeights, TokenKind};
 pub use loader::LoadProgress;
 pub use names::{ExpertMatrices, ExpertNames, LatentNames, TensorNames};
 pub use quantization::Quantization;

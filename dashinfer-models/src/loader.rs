@@ -134,8 +134,9 @@ pub(crate) fn common_type(types: impl IntoIterator<Item = DType>) -> DType {
 fn float_type(name: &str, stored: StoredType) -> Result<DType, WeightsError> {
     match stored {
         StoredType::Float(dtype) => Ok(dtype),
-        StoredType::Other(found) => {
-            Err(WeightsError::DType { name: name.to_owned(), found, wanted: formats::Types::Float.to_string() })
+        other => {
+            let (name, wanted) = (name.to_owned(), formats::Types::Float.to_string());
+            Err(WeightsError::DType { name, found: other.to_string(), wanted })
         }
     }
 }

@@ -3,17 +3,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     ops::Range,
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use dashinfer_kernels::DType;
-use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
 
-use crate::{CheckpointError, StoredType, TensorInfo, weight_cache::xxh64};
+use crate::{CheckpointError, StoredType, TensorInfo, mapped::MappedFile};
 
 const LENGTH_BYTES: usize = 8;
 /// The most that the reference reader takes; it keeps a wrong length from looking like a real one.
@@ -22,11 +19,8 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// A mapped file. Opening it reads the header alone.
 #[derive(Debug)]
 pub(crate) struct SafetensorsFile {
-    map: Mmap,
+    file: MappedFile,
     tensors: BTreeMap<String, Stored>,
-    path: PathBuf,
-    /// `None` where the system keeps no such time.
-    modified: Option<SystemTime>,
 }
 
 /// What a tensor is and where its bytes are in the file.
@@ -38,35 +32,15 @@ pub(crate) struct Stored {
 
 impl SafetensorsFile {
     pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let unreadable = |source| CheckpointError::Read { path: path.into(), source };
-        let file = File::open(path).map_err(unreadable)?;
-        // SAFETY: the map is read-only. That nobody truncates or rewrites the file while it is
-        // loaded is what every reader of mapped weights asks of the system; the documentation of `Checkpoint` says so.
-        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        let tensors = parse_header(&map, path)?;
-        let modified = file.metadata().and_then(|metadata| metadata.modified()).ok();
-        Ok(Self { map, tensors, path: path.to_owned(), modified })
+        let file = MappedFile::open(path)?;
+        let tensors = parse_header(file.bytes(), path)?;
+        Ok(Self { file, tensors })
     }
 
-    /// What tells this file from others and from itself before a change, short of reading it: its name, length and time, its
-    /// header, and some of its bytes. One that is changed with its length and time kept, where nobody looks, is taken for the same.
+    /// See [`MappedFile::identity`].
     pub(crate) fn identity(&self) -> Option<String> {
-        const SAMPLES: usize = 16;
-        const SAMPLE_BYTES: usize = 256;
-        let name = self.path.file_name()?;
-        let modified = match self.modified?.duration_since(UNIX_EPOCH) {
-            Ok(after) => format!("{after:?}"),
-            Err(before) => format!("-{:?}", before.duration()),
-        };
-        let len = self.map.len();
-        let data = self.tensors.values().map(|tensor| tensor.bytes.start).min().unwrap_or(len);
-        let sample = |i: usize| {
-            let at = data + (len - data) / SAMPLES * i;
-            &self.map[at..len.min(at + SAMPLE_BYTES)]
-        };
-        let samples: Vec<u8> = (0..SAMPLES).flat_map(sample).copied().collect();
-        let (header, samples) = (xxh64(&self.map[..data]), xxh64(&samples));
-        Some(format!("{name:?}, {len} bytes, modified {modified}, header {header:016x}, samples {samples:016x}\n"))
+        let data = self.tensors.values().map(|tensor| tensor.bytes.start).min();
+        self.file.identity(data.unwrap_or(self.file.bytes().len()))
     }
 
     pub(crate) fn tensors(&self) -> &BTreeMap<String, Stored> {
@@ -74,25 +48,12 @@ impl SafetensorsFile {
     }
 
     pub(crate) fn bytes(&self, tensor: &Stored) -> &[u8] {
-        &self.map[tensor.bytes.clone()]
+        &self.file.bytes()[tensor.bytes.clone()]
     }
 
-    /// Takes the tensor's whole pages out of resident memory; touching them again maps them again.
-    #[cfg(unix)]
     pub(crate) fn release(&mut self, bytes: &Range<usize>) {
-        const PAGE: usize = 1 << 16; // a multiple of every page size in use
-        let start = bytes.start.next_multiple_of(PAGE);
-        let end = bytes.end / PAGE * PAGE;
-        if start < end {
-            // SAFETY: `&mut self` proves that nobody borrows from the map, and the pages are clean ones of a read-only
-            // file mapping: they are read again from the file when touched. The range lies inside the map.
-            // A refusal changes nothing but memory use, so the result is of no interest.
-            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
-        }
+        self.file.release(bytes);
     }
-
-    #[cfg(not(unix))]
-    pub(crate) fn release(&mut self, _bytes: &Range<usize>) {}
 }
 
 /// Reads the header of a whole file. What it returns lies inside `file`.

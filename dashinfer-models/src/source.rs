@@ -1,8 +1,8 @@
-//! Where weights come from: a [`Checkpoint`](crate::Checkpoint), or [`RandomWeights`](crate::RandomWeights).
+//! Where weights come from: a [`Checkpoint`](crate::Checkpoint), a [`Gguf`](crate::Gguf), or [`RandomWeights`](crate::RandomWeights).
 
 use std::borrow::Cow;
 
-use dashinfer_kernels::DType;
+use dashinfer_kernels::{BlockFormat, DType};
 
 /// Named tensors. What it says about a tensor does not change while a model is loaded from it.
 pub trait WeightSource {
@@ -39,6 +39,18 @@ pub struct TensorInfo {
 pub enum StoredType {
     /// A floating-point type of the kernels.
     Float(DType),
+    /// Rows of quantized blocks.
+    Blocks(BlockFormat),
     /// Anything else, as the file calls it.
     Other(String),
+}
+
+impl std::fmt::Display for StoredType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Float(dtype) => dtype.fmt(f),
+            Self::Blocks(format) => write!(f, "blocks of {format}"),
+            Self::Other(name) => f.write_str(name),
+        }
+    }
 }

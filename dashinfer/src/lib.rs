@@ -21,7 +21,7 @@
 //! # }
 //! ```
 //!
-//! [`Engine::load`] reads a Hugging Face folder (`config.json`, safetensors, `tokenizer.json`) and starts the engine's threads.
+//! [`Engine::load`] reads a Hugging Face folder (`config.json`, safetensors, `tokenizer.json`) or a GGUF file, and starts the engine's threads.
 //! [`Engine::generate`] takes a [`Request`] (text, chat messages or token ids) and gives a [`TokenStream`]; dropping it cancels the
 //! request. It runs on any async executor, or on none ([`Engine::blocking`]): nothing is computed on the caller's threads.
 //!

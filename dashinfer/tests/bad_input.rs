@@ -103,7 +103,7 @@ fn a_folder_that_is_none() {
     assert_eq!(complaint(Engine::load(&missing)), format!("there is no model folder {missing_name}"));
     let file = tiny().join("model.safetensors");
     let wanted = format!(
-        "there is no model folder {}; it is a file, and a folder with config.json and safetensors is wanted",
+        "there is no model folder {}; it is a file, and a folder with config.json and safetensors, or a .gguf file, is wanted",
         file.display()
     );
     assert_eq!(complaint(Engine::load(&file)), wanted);

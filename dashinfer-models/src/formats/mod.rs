@@ -6,6 +6,7 @@
 //! are there, are used, and have the shapes and types that the config asks for.
 
 mod awq;
+mod blocks;
 mod codes;
 mod compressed;
 mod fp8;
@@ -18,7 +19,7 @@ mod tests;
 
 use std::{borrow::Cow, fmt};
 
-use dashinfer_kernels::{CodeLayout, DType, LatentHeads, StoredMatrix};
+use dashinfer_kernels::{BlockFormat, CodeLayout, DType, LatentHeads, StoredMatrix};
 
 pub use matrix::{Conversion, PackedAs};
 pub(crate) use matrix::{HeadsForm, MatrixForm, conversions};
@@ -29,7 +30,7 @@ use crate::{
     weights::{Fill, LinearPlan, Part, Plan, Role, StoredHeads, VectorPlan},
 };
 
-/// How the weights of a checkpoint were quantized before they were stored: its `quantization_config`.
+/// How the weights of a checkpoint were quantized before they were stored: its `quantization_config`, or that of a GGUF file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredQuantization(Method);
 
@@ -41,11 +42,16 @@ enum Method {
     Compressed(compressed::Compressed),
     /// Of experts alone: all modules are as in any checkpoint.
     Mxfp4,
+    /// Of GGUF files: each matrix says what it is.
+    Blocks,
 }
 
 const SUPPORTED: &str = "gptq, awq, fp8, fbgemm_fp8, compressed-tensors, mxfp4";
 
 impl StoredQuantization {
+    /// Matrices in blocks, each in a format of its own or in none: GGUF files.
+    pub(crate) const BLOCKS: Self = Self(Method::Blocks);
+
     /// What a whole `config.json` says; `None` if weights are not quantized.
     ///
     /// # Errors
@@ -92,6 +98,7 @@ impl StoredQuantization {
             Method::Awq(awq) if by_default || module.has("qweight") => Ok(Some(awq.module(&module))),
             Method::Fp8(fp8) if module.has("weight") => Ok(Some(fp8.module(&module))),
             Method::Compressed(compressed) => compressed.module(&module, by_default),
+            Method::Blocks => Ok(blocks::module(&module)),
             _ => Ok(None),
         }
     }
@@ -129,6 +136,7 @@ impl fmt::Display for StoredQuantization {
             Method::Fp8(_) => f.write_str("fp8"),
             Method::Compressed(_) => f.write_str("compressed-tensors"),
             Method::Mxfp4 => f.write_str("mxfp4"),
+            Method::Blocks => f.write_str("gguf"),
         }
     }
 }
@@ -204,6 +212,8 @@ pub(crate) enum Types {
     Scale,
     /// One, as the file calls it.
     Only(&'static str),
+    /// Blocks of one format.
+    Blocks(BlockFormat),
 }
 
 impl Types {
@@ -212,6 +222,7 @@ impl Types {
             (Self::Float | Self::Scale, StoredType::Float(_)) => true,
             (Self::Scale, StoredType::Other(name)) => name == E8M0,
             (Self::Only(wanted), StoredType::Other(name)) => name == wanted,
+            (Self::Blocks(wanted), StoredType::Blocks(format)) => wanted == *format,
             _ => false,
         }
     }
@@ -223,6 +234,7 @@ impl fmt::Display for Types {
             Self::Float => f.write_str("f32, f16 or bf16"),
             Self::Scale => write!(f, "f32, f16, bf16 or {E8M0}"),
             Self::Only(name) => f.write_str(name),
+            Self::Blocks(format) => write!(f, "blocks of {format}"),
         }
     }
 }
@@ -234,6 +246,11 @@ const E8M0: &str = "F8_E8M0";
 pub(crate) fn stored_bytes(info: &TensorInfo) -> usize {
     let element = match &info.dtype {
         StoredType::Float(dtype) => dtype.size_bytes(),
+        StoredType::Blocks(format) => {
+            let Some((cols, rows)) = info.shape.split_last() else { return 0 };
+            let row = format.row_bytes(*cols).unwrap_or(0);
+            return rows.iter().fold(row, |bytes, &size| bytes.saturating_mul(size));
+        }
         StoredType::Other(name) => match name.as_str() {
             "I64" => 8,
             "I32" => 4,
@@ -254,10 +271,7 @@ impl Wanted {
         }
         if !self.types.allow(&info.dtype) {
             let (name, wanted) = (self.name.clone(), self.types.to_string());
-            let found = match info.dtype {
-                StoredType::Float(dtype) => dtype.to_string(),
-                StoredType::Other(name) => name,
-            };
+            let found = info.dtype.to_string();
             return Err(WeightsError::DType { name, found, wanted });
         }
         Ok(Some(stored_bytes(&info)))
@@ -291,7 +305,7 @@ impl Raw<'_> {
     fn scale(&self, index: usize) -> f32 {
         match &self.stored {
             StoredType::Float(dtype) => dashinfer_kernels::element(&self.bytes, *dtype, index),
-            StoredType::Other(_) => mxfp4::power_of_two(self.bytes[index]),
+            StoredType::Other(_) | StoredType::Blocks(_) => mxfp4::power_of_two(self.bytes[index]),
         }
     }
 
@@ -325,6 +339,7 @@ enum Reader {
     Packed(compressed::Packed),
     Int8(compressed::Int8),
     Fp8(fp8::Reader),
+    Blocks(blocks::Reader),
 }
 
 impl StoredModule {
@@ -340,6 +355,7 @@ impl StoredModule {
             Reader::Packed(reader) => reader.open(self, raw),
             Reader::Int8(reader) => reader.open(self, raw),
             Reader::Fp8(reader) => reader.open(self, raw),
+            Reader::Blocks(reader) => reader.open(self, raw),
         }
     }
 

@@ -14,7 +14,7 @@ use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, Isa, PoolConfig};
 use dashinfer_kernels::cuda::{CudaBackend, CudaConfig};
 use dashinfer_kernels::{Backend, CacheType, DType};
 use dashinfer_models::{
-    Checkpoint, Decoder, GenerationConfig, HfConfig, MemoryEstimate, ModelSpec, Quantization, RandomWeights,
+    Checkpoint, Decoder, GenerationConfig, Gguf, HfConfig, MemoryEstimate, ModelSpec, Quantization, RandomWeights,
     StepLimits, WeightCache, WeightSource, shapes,
 };
 use tokio::sync::{oneshot, watch};
@@ -28,7 +28,7 @@ use super::step_loop::{Command, StepLoop};
 use super::target::Target;
 use super::{Engine, ModelInfo, Shared};
 use crate::scheduler::{Limits, Scheduler};
-use crate::{Error, GenerationDefaults, Tokenizer};
+use crate::{Error, GenerationDefaults, Tokenizer, TokenizerError};
 
 /// Rows of prompts whose every position wants logits that one step computes: a row of logits is as wide as the vocabulary.
 const MAX_ALL_LOGITS: usize = 64;
@@ -39,6 +39,8 @@ const MAX_ALL_LOGITS: usize = 64;
 pub enum Source {
     /// A folder with `config.json`, safetensors files and, for text, `tokenizer.json`.
     Folder(PathBuf),
+    /// A GGUF file, or the first of several that are one model. What a path that ends in `.gguf` stands for.
+    Gguf(PathBuf),
     /// A published shape (`qwen2.5-0.5b`) with random weights and no tokenizer, made in memory: for benchmarks.
     #[non_exhaustive]
     Random {
@@ -57,7 +59,7 @@ impl Source {
         Self::Random { shape: shape.into(), seed: 0, weights: WeightType::default() }
     }
 
-    /// The type of random weights. Default: [`WeightType::BF16`]. Without effect on a folder, whose weights are what they are.
+    /// The type of random weights. Default: [`WeightType::BF16`]. Without effect on files, whose weights are what they are.
     #[must_use]
     pub fn weight_type(mut self, weight_type: WeightType) -> Self {
         if let Self::Random { weights, .. } = &mut self {
@@ -68,20 +70,21 @@ impl Source {
 }
 
 impl<P: AsRef<Path> + ?Sized> From<&P> for Source {
-    fn from(folder: &P) -> Self {
-        Self::Folder(folder.as_ref().to_owned())
+    fn from(path: &P) -> Self {
+        path.as_ref().to_owned().into()
     }
 }
 
 impl From<PathBuf> for Source {
-    fn from(folder: PathBuf) -> Self {
-        Self::Folder(folder)
+    fn from(path: PathBuf) -> Self {
+        let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        if is_gguf && !path.is_dir() { Self::Gguf(path) } else { Self::Folder(path) }
     }
 }
 
 impl From<String> for Source {
-    fn from(folder: String) -> Self {
-        Self::Folder(folder.into())
+    fn from(path: String) -> Self {
+        PathBuf::from(path).into()
     }
 }
 
@@ -450,10 +453,24 @@ pub(super) struct Opened {
     pub(super) spec: ModelSpec,
     pub(super) source: Box<dyn WeightSource>,
     defaults: GenerationDefaults,
-    /// The folder with a tokenizer.
-    tokenizer: Option<PathBuf>,
+    tokenizer: Option<TokenizerPath>,
     /// A file with a tokenizer in a form that is not read, where there is none that is.
     unread_tokenizer: Option<&'static str>,
+}
+
+/// Where a tokenizer is read from.
+enum TokenizerPath {
+    Folder(PathBuf),
+    Gguf(PathBuf),
+}
+
+impl TokenizerPath {
+    fn read(self) -> Result<Tokenizer, TokenizerError> {
+        match self {
+            Self::Folder(folder) => Tokenizer::from_folder(folder),
+            Self::Gguf(path) => Tokenizer::from_gguf(path),
+        }
+    }
 }
 
 /// SentencePiece models, and tables of `tiktoken`.
@@ -470,12 +487,24 @@ impl Opened {
                 let spec = config.to_spec()?;
                 let defaults = generation_defaults(&GenerationConfig::read(folder, &config)?);
                 let source = Box::new(Checkpoint::open(folder)?);
-                let tokenizer = folder.join("tokenizer.json").is_file().then(|| folder.clone());
+                let tokenizer = folder.join("tokenizer.json").is_file().then(|| TokenizerPath::Folder(folder.clone()));
                 let unread_tokenizer = match tokenizer {
                     Some(_) => None,
                     None => UNREAD_TOKENIZERS.iter().copied().find(|name| folder.join(name).is_file()),
                 };
                 Ok(Self { spec, source, defaults, tokenizer, unread_tokenizer })
+            }
+            Source::Gguf(path) => {
+                let file = Gguf::open(path)?;
+                let (spec, facts) = (file.spec()?, file.tokenizer()?);
+                let defaults = facts.as_ref().map_or_else(GenerationDefaults::default, |facts| GenerationDefaults {
+                    eos_token_ids: facts.end_tokens(),
+                    bos_token_id: facts.bos,
+                    ..GenerationDefaults::default()
+                });
+                let tokenizer = facts.is_some().then(|| TokenizerPath::Gguf(path.clone()));
+                let source = Box::new(file.into_weights(&spec));
+                Ok(Self { spec, source, defaults, tokenizer, unread_tokenizer: None })
             }
             Source::Random { shape, seed, weights } => {
                 let Some(spec) = shapes::named(shape) else {
@@ -493,7 +522,7 @@ impl Opened {
 fn hint(folder: &Path) -> &'static str {
     let parts = folder.components().count();
     if folder.is_file() {
-        "; it is a file, and a folder with config.json and safetensors is wanted"
+        "; it is a file, and a folder with config.json and safetensors, or a .gguf file, is wanted"
     } else if folder.is_relative() && parts == 2 && !folder.starts_with(".") && !folder.starts_with("..") {
         "; to run a model of a hub, download it and give its folder"
     } else {
@@ -562,10 +591,10 @@ fn start_on<B: Backend>(
     opened.spec.limit_context(plan.estimate.context);
     let tokenizer = match opened.tokenizer.take() {
         // A large vocabulary takes as long to read as weights do, so it is read beside them.
-        Some(folder) => Some(
+        Some(path) => Some(
             std::thread::Builder::new()
                 .name("dashinfer-text".to_owned())
-                .spawn(move || Tokenizer::from_folder(folder))
+                .spawn(move || path.read())
                 .map_err(|error| Error::internal(&format!("no thread for the tokenizer: {error}")))?,
         ),
         None => None,

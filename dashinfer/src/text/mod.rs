@@ -7,8 +7,10 @@
 mod chat;
 mod config;
 mod detokenizer;
+mod gguf;
 mod pieces;
 mod python;
+mod splits;
 mod stop;
 mod tokenizer;
 

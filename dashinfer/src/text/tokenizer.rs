@@ -1,4 +1,5 @@
-//! A checkpoint's tokenizer: `tokenizer.json`, `tokenizer_config.json` and the chat template beside them.
+//! A checkpoint's tokenizer: `tokenizer.json`, `tokenizer_config.json` and the chat template beside them, or the metadata of a GGUF
+//! file.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -6,13 +7,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use dashinfer_models::{Gguf, GgufTokenizer};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::config::{Config, parse_error, read, read_if_there};
 use super::pieces::{MAX_IDS, Pieces};
-use super::{ChatOptions, ChatTemplate, Detokenizer, Message, TemplateError};
+use super::{ChatOptions, ChatTemplate, Detokenizer, Message, TemplateError, gguf};
 
 /// Why a tokenizer could not be loaded or used.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -47,6 +49,18 @@ pub enum TokenizerError {
         path: PathBuf,
         /// The decoder's type, or those of its steps.
         found: String,
+    },
+    /// A GGUF file asks for what is not known here.
+    #[error("{path}: {what} `{found}` is not supported; supported are {supported}")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The key of its metadata.
+        what: &'static str,
+        /// Its value.
+        found: String,
+        /// What is known.
+        supported: &'static str,
     },
     /// The vocabulary has an id that is larger than any sensible vocabulary.
     #[error("{path} has a token id or text too large, wanted ids below {MAX_IDS} and less than 4 GiB of text")]
@@ -97,19 +111,48 @@ impl Tokenizer {
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
-        let mut inner = parse(&path, &read(&path)?)?;
-        // Some files carry the limits of a training run; a prompt is neither cut nor padded.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|source| parse_error(&path, TOKENIZER, source))?;
-        let pieces = Pieces::new(&inner, &path)?;
-        let vocab_size = inner.get_vocab_size(true);
-
+        let inner = parse(&path, &read(&path)?, TOKENIZER)?;
         let config = Config::read(&folder.join("tokenizer_config.json"))?;
         let template = match read_if_there(&folder.join("chat_template.jinja"))? {
             Some(template) => Some(template),
             None => config.template(),
         };
-        let special_tokens = config.special_tokens();
+        Self::new(inner, &path, config.special_tokens(), template)
+    }
+
+    /// Reads the tokenizer in the metadata of a GGUF file: byte-level BPE (`gpt2`) and SentencePiece (`llama`).
+    ///
+    /// It gives the ids of the tokenizer that the file was made from, as far as the format can say what that does: spaces that a
+    /// special token swallows beside it are lost.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Parse`] if the file cannot be read or has no tokenizer, [`TokenizerError::Unsupported`] if it has one of another
+    /// kind. A chat template that cannot be compiled is no such error: [`chat_template`](Self::chat_template) reports it.
+    pub fn from_gguf(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let file = Gguf::open(path).map_err(|source| parse_error(path, GGUF_TOKENIZER, source))?;
+        let facts = file.tokenizer().map_err(|source| parse_error(path, GGUF_TOKENIZER, source))?;
+        let none = || parse_error(path, GGUF_TOKENIZER, "there is no key tokenizer.ggml.model");
+        Self::of_gguf(&facts.ok_or_else(none)?, path)
+    }
+
+    /// [`from_gguf`](Self::from_gguf), of what was read.
+    pub(super) fn of_gguf(facts: &GgufTokenizer, path: &Path) -> Result<Self, TokenizerError> {
+        let inner = parse(path, &gguf::to_json(facts, path)?, GGUF_TOKENIZER)?;
+        Self::new(inner, path, gguf::special_tokens(facts), facts.chat_template.clone())
+    }
+
+    fn new(
+        mut inner: tokenizers::Tokenizer,
+        path: &Path,
+        special_tokens: BTreeMap<String, String>,
+        template: Option<String>,
+    ) -> Result<Self, TokenizerError> {
+        // Some files carry the limits of a training run; a prompt is neither cut nor padded.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|source| parse_error(path, TOKENIZER, source))?;
+        let pieces = Pieces::new(&inner, path)?;
+        let vocab_size = inner.get_vocab_size(true);
         let chat_template = template.map(|source| ChatTemplate::new(source, special_tokens.clone())).transpose();
         Ok(Self { inner, pieces: Arc::new(pieces), vocab_size, special_tokens, chat_template })
     }
@@ -180,8 +223,10 @@ impl Tokenizer {
 }
 
 const TOKENIZER: &str = "tokenizer in the format of Hugging Face `tokenizers`";
+const GGUF_TOKENIZER: &str = "GGUF file with a tokenizer";
 
-fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer, TokenizerError> {
+/// Reads the text of a `tokenizer.json`; `path` and what was `wanted` there are for errors.
+fn parse(path: &Path, json: &str, wanted: &'static str) -> Result<tokenizers::Tokenizer, TokenizerError> {
     /// The sections whose readers in `tokenizers` panic on what is not even JSON.
     #[derive(Deserialize)]
     struct Sections {
@@ -192,11 +237,11 @@ fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer, TokenizerErro
         #[serde(default, rename = "model")]
         _model: IgnoredAny,
     }
-    serde_json::from_str::<Sections>(json).map_err(|source| parse_error(path, TOKENIZER, source))?;
+    serde_json::from_str::<Sections>(json).map_err(|source| parse_error(path, wanted, source))?;
     // They panic on some contents too, such as a damaged `Precompiled` normalizer.
     catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(json)))
         .unwrap_or_else(|_| Err("its reader panicked".into()))
-        .map_err(|source| parse_error(path, TOKENIZER, source))
+        .map_err(|source| parse_error(path, wanted, source))
 }
 
 #[cfg(test)]
@@ -256,32 +301,44 @@ pub(super) mod tests {
         ids: Vec<u32>,
     }
 
+    /// The folder of a golden.
+    pub(in crate::text) fn golden_folder(case: &str) -> PathBuf {
+        Path::new(GOLDENS).join(case)
+    }
+
+    /// That `tokenizer` does what the golden in `folder` expects.
+    #[track_caller]
+    pub(in crate::text) fn check_expected(tokenizer: &Tokenizer, folder: &Path) {
+        let json = std::fs::read_to_string(folder.join("tokenizer_expected.json")).unwrap();
+        let expected: Expected = serde_json::from_str(&json).unwrap();
+        assert_eq!(tokenizer.vocab_size(), expected.vocab_size, "{folder:?}");
+        for want in &expected.strings {
+            let what = format!("{folder:?}: {:?}", want.text);
+            assert_eq!(tokenizer.encode(&want.text, SpecialTokens::Without).unwrap(), want.ids, "{what}");
+            assert_eq!(tokenizer.encode(&want.text, SpecialTokens::With).unwrap(), want.ids_with_special, "{what}");
+            assert_eq!(tokenizer.decode(&want.ids, SpecialTokens::With), want.decoded, "{what}");
+            assert_eq!(tokenizer.decode(&want.ids, SpecialTokens::Without), want.decoded_skip_special, "{what}");
+        }
+        let template = tokenizer.chat_template().unwrap().unwrap();
+        for want in &expected.chats {
+            let what = format!("{folder:?}: {:?}", want.messages);
+            let options = ChatOptions::default();
+            assert_eq!(template.render(&want.messages, &options).unwrap(), want.rendered, "{what}");
+            assert_eq!(tokenizer.encode_chat(template, &want.messages, &options).unwrap(), want.ids, "{what}");
+            let closed = ChatOptions::default().add_generation_prompt(false);
+            let rendered = template.render(&want.messages, &closed).unwrap();
+            assert_eq!(rendered, want.rendered_no_generation_prompt, "{what}");
+        }
+    }
+
     #[test]
     fn every_golden_is_reproduced() {
         let mut num_cases = 0;
         for entry in std::fs::read_dir(GOLDENS).unwrap() {
             let folder = entry.unwrap().path();
-            let Ok(json) = std::fs::read_to_string(folder.join("tokenizer_expected.json")) else { continue };
-            let expected: Expected = serde_json::from_str(&json).unwrap();
-            let tokenizer = Tokenizer::from_folder(&folder).unwrap();
-            num_cases += 1;
-            assert_eq!(tokenizer.vocab_size(), expected.vocab_size, "{folder:?}");
-            for want in &expected.strings {
-                let what = format!("{folder:?}: {:?}", want.text);
-                assert_eq!(tokenizer.encode(&want.text, SpecialTokens::Without).unwrap(), want.ids, "{what}");
-                assert_eq!(tokenizer.encode(&want.text, SpecialTokens::With).unwrap(), want.ids_with_special, "{what}");
-                assert_eq!(tokenizer.decode(&want.ids, SpecialTokens::With), want.decoded, "{what}");
-                assert_eq!(tokenizer.decode(&want.ids, SpecialTokens::Without), want.decoded_skip_special, "{what}");
-            }
-            let template = tokenizer.chat_template().unwrap().unwrap();
-            for want in &expected.chats {
-                let what = format!("{folder:?}: {:?}", want.messages);
-                let options = ChatOptions::default();
-                assert_eq!(template.render(&want.messages, &options).unwrap(), want.rendered, "{what}");
-                assert_eq!(tokenizer.encode_chat(template, &want.messages, &options).unwrap(), want.ids, "{what}");
-                let closed = ChatOptions::default().add_generation_prompt(false);
-                let rendered = template.render(&want.messages, &closed).unwrap();
-                assert_eq!(rendered, want.rendered_no_generation_prompt, "{what}");
+            if folder.join("tokenizer_expected.json").is_file() {
+                check_expected(&Tokenizer::from_folder(&folder).unwrap(), &folder);
+                num_cases += 1;
             }
         }
         assert!(num_cases >= 10, "only {num_cases} goldens were found");
@@ -342,7 +399,7 @@ pub(super) mod tests {
         let json = std::fs::read_to_string(Path::new(GOLDENS).join("qwen3/tokenizer.json")).unwrap();
         let cuts = (0..json.len()).step_by(97).chain(json.find("\"decoder\"").map(|at| at + 20));
         for cut in cuts.filter(|&cut| json.is_char_boundary(cut)) {
-            let error = parse(Path::new("tokenizer.json"), &json[..cut]).unwrap_err();
+            let error = parse(Path::new("tokenizer.json"), &json[..cut], TOKENIZER).unwrap_err();
             assert_eq!(error.to_string(), format!("tokenizer.json is no {TOKENIZER}"));
         }
         let precompiled = r#"{"type":"Precompiled","precompiled_charsmap":"AAAA"}"#;
@@ -352,7 +409,7 @@ pub(super) mod tests {
             1,
         );
         assert_ne!(damaged, json);
-        assert!(parse(Path::new("tokenizer.json"), &damaged).is_err());
+        assert!(parse(Path::new("tokenizer.json"), &damaged, TOKENIZER).is_err());
     }
 
     #[test]
