@@ -400,10 +400,11 @@ impl<B: Backend> Loader<'_, B> {
         let mut dense = Vec::new();
         for (part, stored) in plan.parts.iter().zip(&form.parts) {
             match stored {
-                Some(module) => names.extend(module.names().map(str::to_owned)),
+                Some(module) if part.is_last() => names.extend(module.names().map(str::to_owned)),
+                Some(_) => {}
                 None => {
-                    names.push(part.weight());
-                    dense.push((part.rows, self.read(&part.weight(), &[part.rows, plan.cols])?));
+                    names.extend(part.is_last().then(|| part.weight()));
+                    dense.push((part.rows, self.part(part, plan.cols)?));
                 }
             }
         }

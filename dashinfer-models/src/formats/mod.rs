@@ -87,6 +87,11 @@ impl StoredQuantization {
         cols: usize,
         role: Role,
     ) -> Result<Option<StoredModule>, WeightsError> {
+        if let Some(stacked) = part.stacked {
+            let is_dense = matches!(source.info(&part.weight()).map(|info| info.dtype), Some(StoredType::Float(_)));
+            let experts = self.0 == Method::Mxfp4 && !is_dense;
+            return Ok(experts.then(|| mxfp4::module(part, stacked, cols)));
+        }
         let module = Module { source, name: &part.module, shape: [part.rows, cols] };
         if let Some(StoredType::Float(_)) = module.stored_type("weight") {
             return Ok(None);
@@ -340,6 +345,7 @@ enum Reader {
     Int8(compressed::Int8),
     Fp8(fp8::Reader),
     Blocks(blocks::Reader),
+    Mxfp4(mxfp4::Reader),
 }
 
 impl StoredModule {
@@ -356,6 +362,7 @@ impl StoredModule {
             Reader::Int8(reader) => reader.open(self, raw),
             Reader::Fp8(reader) => reader.open(self, raw),
             Reader::Blocks(reader) => reader.open(self, raw),
+            Reader::Mxfp4(reader) => reader.open(self, raw),
         }
     }
 

@@ -8,9 +8,17 @@
 //!
 //! Twice a value is an integer of −12 to 12, so that 8-bit codes in groups of 32 hold it without loss.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
-use dashinfer_kernels::{CodeBits, CodeLayout, KernelError, StoredMatrix};
+#[cfg(test)]
+use dashinfer_kernels::KernelError;
+use dashinfer_kernels::{CodeBits, CodeLayout, StoredMatrix};
+
+use super::{Raw, StoredModule, Types, Wanted, take};
+use crate::{
+    WeightsError,
+    weights::{Part, Stacked},
+};
 
 /// Input features of a block.
 const BLOCK: usize = 32;
@@ -18,22 +26,71 @@ const BLOCK: usize = 32;
 /// Twice the value of each half byte: a sign, two bits of exponent, one of mantissa.
 const TWICE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// A matrix `[rows, cols]` of such blocks.
+/// The matrices of experts in such blocks: a part of `cols` columns is some rows of what is stacked.
+pub(super) fn module(part: &Part, stacked: Stacked, cols: usize) -> StoredModule {
+    let Stacked { count, width, .. } = stacked;
+    let wanted = |what: &str, shape: &[usize]| Wanted {
+        name: format!("{}_{what}", part.module),
+        shape: shape.to_vec(),
+        types: Types::Only("U8"),
+    };
+    let blocks = cols.div_ceil(BLOCK);
+    StoredModule {
+        tensors: vec![wanted("blocks", &[count, width, blocks, BLOCK / 2]), wanted("scales", &[count, width, blocks])],
+        layout: Some(LAYOUT),
+        order: None,
+        shape: [part.rows, cols],
+        label: "mxfp4".to_owned(),
+        reader: super::Reader::Mxfp4(Reader(stacked)),
+    }
+}
+
+const LAYOUT: CodeLayout = CodeLayout { bits: CodeBits::Eight, group: Some(BLOCK), zero_points: false };
+
+/// Where the rows of a part stand.
+pub(super) struct Reader(Stacked);
+
+impl Reader {
+    pub(super) fn open<'a>(
+        &self,
+        module: &StoredModule,
+        raw: Vec<Raw<'a>>,
+    ) -> Result<Box<dyn StoredMatrix + 'a>, WeightsError> {
+        let [rows, cols] = module.shape;
+        if !cols.is_multiple_of(BLOCK) {
+            return Err(module.tensors[0].value("columns in blocks of 32", cols));
+        }
+        let [blocks, scales] = take(module, raw)?;
+        let Stacked { index, width, first, step, .. } = self.0;
+        let places = Places { first: index * width + first, step };
+        Ok(Box::new(Mxfp4 { rows, cols, places, blocks: blocks.bytes, scales: scales.bytes }))
+    }
+}
+
+/// Which of the stored rows a matrix has: `first`, `first + step`, and so on.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Mxfp4<'a> {
+struct Places {
+    first: usize,
+    step: usize,
+}
+
+/// A matrix `[rows, cols]` of such blocks.
+#[derive(Debug, Clone)]
+struct Mxfp4<'a> {
     rows: usize,
     cols: usize,
-    blocks: &'a [u8],
-    scales: &'a [u8],
+    places: Places,
+    blocks: Cow<'a, [u8]>,
+    scales: Cow<'a, [u8]>,
 }
 
 impl<'a> Mxfp4<'a> {
-    /// `blocks`: `[rows, cols / 32, 16]`; `scales`: `[rows, cols / 32]`.
+    /// A matrix that stands alone. `blocks`: `[rows, cols / 32, 16]`; `scales`: `[rows, cols / 32]`.
     ///
     /// # Errors
     /// [`KernelError::Shape`] if `cols` is no multiple of 32, or a length is off.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for models with experts"))]
-    pub(crate) fn new([rows, cols]: [usize; 2], blocks: &'a [u8], scales: &'a [u8]) -> Result<Self, KernelError> {
+    #[cfg(test)]
+    fn new([rows, cols]: [usize; 2], blocks: &'a [u8], scales: &'a [u8]) -> Result<Self, KernelError> {
         let check = |what, wanted, found| match wanted == found {
             true => Ok(()),
             false => Err(KernelError::Shape { op: "pack", what, wanted, found }),
@@ -41,16 +98,19 @@ impl<'a> Mxfp4<'a> {
         check("columns of blocks of 32", cols.next_multiple_of(BLOCK), cols)?;
         check("bytes of blocks", rows.saturating_mul(cols / 2), blocks.len())?;
         check("scales of blocks", rows.saturating_mul(cols / BLOCK), scales.len())?;
-        Ok(Self { rows, cols, blocks, scales })
+        let places = Places { first: 0, step: 1 };
+        Ok(Self { rows, cols, places, blocks: blocks.into(), scales: scales.into() })
     }
 
     /// Twice the value of input feature `col` of `row`, over the block's scale.
     fn twice(&self, row: usize, col: usize) -> i8 {
+        let row = self.places.first + row * self.places.step;
         let byte = self.blocks[(row * self.cols + col) / 2];
         TWICE[usize::from(if col.is_multiple_of(2) { byte & 15 } else { byte >> 4 })]
     }
 
     fn scale(&self, row: usize, block: usize) -> f32 {
+        let row = self.places.first + row * self.places.step;
         power_of_two(self.scales[row * (self.cols / BLOCK) + block])
     }
 }
@@ -65,7 +125,7 @@ impl StoredMatrix for Mxfp4<'_> {
     }
 
     fn layout(&self) -> Option<CodeLayout> {
-        Some(CodeLayout { bits: CodeBits::Eight, group: Some(BLOCK), zero_points: false })
+        Some(LAYOUT)
     }
 
     fn values(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
