@@ -410,6 +410,7 @@ mod as_stored {
         ("gptq-4bit-g32-desc-act", "gptq 4-bit g32 reordered → a16w4-g32, as stored (8 matrices)"),
         ("gptq-8bit-g128-desc-act", "gptq 8-bit g128 reordered → a16w8-g128, as stored (2 matrices)"),
         ("gptq-8bit-g32", "gptq 8-bit g32 → a16w8-g32, as stored (8 matrices)"),
+        ("gpt-oss-mxfp4", "mxfp4 → a16w8-g32, as stored (16 matrices)"),
     ];
 
     /// The divergence of what was found from what was wanted, in nats.
