@@ -60,6 +60,7 @@ __device__ __forceinline__ u32 expert_at(int i, u32 lane) { return u32(i) * 32 +
 __device__ __forceinline__ void keep_groups(u32 (&keys)[PER_LANE], const RouteParams& p, u32 lane) {
     const u32 size = p.num_experts / p.num_groups;
     float mine = -INF; // the score of group `lane`
+#pragma unroll 1
     for (u32 group = 0; group < p.num_groups; ++group) {
         const auto best_but = [&](u32 other) {
             u32 best = NOTHING;
@@ -135,6 +136,7 @@ __device__ __forceinline__ void route(u32* experts, float* weights, const float*
 
     u32 expert = NO_EXPERT; // lane j: what was chosen as number j
     float weight = 0.f;
+#pragma unroll 1
     for (u32 j = 0; j < p.top_k; ++j) {
         u32 best = NOTHING, where = NO_EXPERT;
         float score = 0.f;
@@ -231,7 +233,7 @@ __device__ __forceinline__ void dispatch(u32* shared, const u32* experts, const 
 #endif
 
 // Grid: a block for every blockDim.x / 32 tokens; one block of THREADS threads, with shared memory for it, if `and_dispatch`.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL(moe_route)(u32* experts, float* weights, const float* logits, const float* correction, RouteParams params, DispatchParams then,
                       u32 and_dispatch) {
 #if __CUDA_ARCH__ >= 800
@@ -249,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // One block of THREADS threads.
-extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(moe_dispatch)(const u32* experts, DispatchParams params) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL(moe_dispatch)(const u32* experts, DispatchParams params) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ u32 shared[];
     let_next_start();

@@ -32,7 +32,8 @@ constexpr u32 X_AT = STAGES * W_BYTES, FULL = X_AT + STAGES * X_BYTES, EMPTY = F
 constexpr u32 GATHERERS = 96;                                   // threads
 constexpr u32 ROW_STEP = GATHERERS / 8;                         // 12: a thread's rows are so far apart
 constexpr u32 COPIES = (TILE_N + ROW_STEP - 1) / ROW_STEP;      // of a thread, in a step
-constexpr u32 LAG = STAGES / 2 < 3 ? STAGES / 2 : 3;            // steps whose rows may be on their way
+// Steps whose rows may be on their way when the next are asked for. A step is shown so much later: in a short ring, one.
+constexpr u32 LAG = STAGES < 6 ? 1 : 3;
 constexpr u32 NO_ROW = ~0u;
 static_assert(X_BYTES % 1024 == 0 && LAG >= 1 && LAG < STAGES);
 
