@@ -28,7 +28,9 @@
 namespace {
 constexpr u32 FEATURES = (GATED ? 64 : 128) * GROUPS;
 constexpr u32 W_BYTES = STEP_BYTES * GROUPS, X_BYTES = TILE_N * STEP_K * 2;
-constexpr u32 X_AT = STAGES * W_BYTES, FULL = X_AT + STAGES * X_BYTES, EMPTY = FULL + 8 * STAGES;
+constexpr bool STAGED = GROUPS > 1;                             // whether results go through shared memory
+constexpr u32 STAGED_BYTES = STAGED ? TILE_N * 128 : 0;         // of a warpgroup: 64 features of each token
+constexpr u32 X_AT = STAGES * W_BYTES, STAGED_AT = X_AT + STAGES * X_BYTES, FULL = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY = FULL + 8 * STAGES;
 constexpr u32 GATHERERS = 96;                                   // threads
 constexpr u32 ROW_STEP = GATHERERS / 8;                         // 12: a thread's rows are so far apart
 constexpr u32 COPIES = (TILE_N + ROW_STEP - 1) / ROW_STEP;      // of a thread, in a step
@@ -118,6 +120,36 @@ __device__ __forceinline__ void gather_rows(const Problem& p, u32 smem, const T*
     for (; under_way > 0; --under_way) finish();
 }
 
+// Four 8x8 tiles of 16-bit values, transposed; lane l gives the address of row l % 8 of tile l / 8.
+__device__ __forceinline__ void stmatrix_x4_trans(u32 smem, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+// A warpgroup writes 64 features of the tile's tokens from `col` on, 128 bytes of a token at a time; each warp brings 16 features.
+// `pack(i, high)`: of tokens 2t and 2t + 1 of those from 8 i on, this lane's feature g, or g + 8.
+template <typename Pack>
+__device__ __forceinline__ void write_staged(u32 smem, T* out, u32 num_cols, const ExpertTile& tile, u32 col, u32 group, u32 thread, Pack&& pack) {
+    const u32 warp = thread / 32, lane = thread % 32;
+    const u32 to = smem + place_of(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+    barrier_sync(1 + group, 128); // nobody reads what was there before
+#pragma unroll
+    for (u32 i = 0; i < TILE_N / 8; i += 2) {
+        const u32 of_tokens[4] = {pack(i, false), pack(i, true), pack(i + 1, false), pack(i + 1, true)};
+        stmatrix_x4_trans(to + 8 * i * 128, of_tokens);
+    }
+    barrier_sync(1 + group, 128);
+    const u32 piece = thread % 8, first = thread / 8, from = smem + place_of(first, piece);
+    T* const at = out + size_t(tile.first_row + first) * num_cols + col + 8 * piece;
+    if (col + 8 * piece >= num_cols) return;
+#pragma unroll
+    for (u32 i = 0; i < TILE_N / 16; ++i) {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from + i * (16 * 128)) : "memory");
+        if (first + 16 * i < tile.num_rows) *reinterpret_cast<uint4*>(at + size_t(16 * i) * num_cols) = v;
+    }
+}
+
 // One warpgroup: weight block `group` of each item.
 __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, const float* bias, u32 num_cols, u32 group, u32 thread) {
     const u32 warp = thread / 32, lane = thread % 32;
@@ -150,6 +182,29 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
         wgmma_wait<0>();
         hold(first), hold(second);
         if (lane == 0) mbarrier_arrive(smem + EMPTY + 8 * before);
+        if constexpr (STAGED) {
+            const u32 staged = smem + STAGED_AT + group * STAGED_BYTES, block_col = col - 16 * warp;
+            if (block_col >= num_cols) continue;
+            if constexpr (GATED != 0) {
+                write_staged(staged, out, num_cols, tile, block_col, group, thread, [&](u32 i, bool high) {
+                    float x[2];
+#pragma unroll
+                    for (u32 j = 0; j < 2; ++j) {
+                        const u32 at = 4 * i + 2 * high + j;
+                        x[j] = silu(first[at] + biases.at[high]) * (second[at] + biases.at[2 + high]);
+                    }
+                    return pack2<T>(x[0], x[1]);
+                });
+            } else {
+                write_staged(staged, out, num_cols, tile, block_col, group, thread, [&](u32 i, bool high) {
+                    return pack2<T>(first[4 * i + 2 * high] + biases.at[high], first[4 * i + 2 * high + 1] + biases.at[high]);
+                });
+                write_staged(staged, out, num_cols, tile, block_col + 64, group, thread, [&](u32 i, bool high) {
+                    return pack2<T>(second[4 * i + 2 * high] + biases.at[2 + high], second[4 * i + 2 * high + 1] + biases.at[2 + high]);
+                });
+            }
+            continue;
+        }
         if (col >= num_cols) continue;
 #pragma unroll
         for (u32 i = 0; i < TILE_N / 8; ++i)

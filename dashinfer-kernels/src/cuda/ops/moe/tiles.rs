@@ -120,11 +120,15 @@ impl Tile {
         }
     }
 
-    /// Of weights and rows in all stages; and of barriers, and what aligns them to 1024.
+    /// Of weights and rows in all stages; of results, which several warpgroups write from there; of barriers, and what aligns
+    /// them to 1024.
     fn shared_bytes(self) -> usize {
         match self {
             Self::Sm80 { tile_n, stages, .. } => stages * (128 + tile_n) * 128,
-            Self::Sm90 { tile_n, groups, stages } => stages * ((128 * groups + tile_n) * 128 + 16) + 1024,
+            Self::Sm90 { tile_n, groups, stages } => {
+                let results = if groups > 1 { groups * tile_n * 128 } else { 0 };
+                stages * ((128 * groups + tile_n) * 128 + 16) + results + 1024
+            }
         }
     }
 
