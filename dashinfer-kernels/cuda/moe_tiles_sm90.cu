@@ -43,7 +43,19 @@ struct Problem {
     const ExpertTile* tiles;
     u32 num_items, num_groups; // of weight blocks, GROUPS to a group
     u32 num_blocks, num_steps; // of the packed weights
+    ExpertTile first;          // of this block's first item
 };
+
+// The items of this block, in order, each with its tile; that of the next is on its way meanwhile.
+template <typename Visit>
+__device__ __forceinline__ void for_each_item(const Problem& p, Visit&& visit) {
+    ExpertTile next = p.first;
+    for (u32 item = blockIdx.x; item < p.num_items; item += gridDim.x) {
+        const ExpertTile tile = next;
+        if (item + gridDim.x < p.num_items) next = load_tile(p.tiles, (item + gridDim.x) / p.num_groups);
+        visit(tile, item % p.num_groups);
+    }
+}
 
 // Where in the ring, and in which turn of it.
 struct Place {
@@ -62,9 +74,9 @@ __device__ __forceinline__ void copy_bytes(u32 smem, const void* from, u32 bytes
 // One thread. Weight blocks of one expert lie behind each other, but a step of the second is not behind that of the first.
 __device__ __forceinline__ void bring_weights(const Problem& p, u32 smem, const T* w) {
     Place at;
-    for (u32 item = blockIdx.x; item < p.num_items; item += gridDim.x) {
-        const u32 expert = load_tile(p.tiles, item / p.num_groups).expert, block = item % p.num_groups * GROUPS;
-        const u8* const from = reinterpret_cast<const u8*>(w) + (size_t(expert) * p.num_blocks + block) * p.num_steps * STEP_BYTES;
+    for_each_item(p, [&](const ExpertTile& tile, u32 group) {
+        const u32 block = group * GROUPS;
+        const u8* const from = reinterpret_cast<const u8*>(w) + (size_t(tile.expert) * p.num_blocks + block) * p.num_steps * STEP_BYTES;
         const u32 blocks = min(u32(GROUPS), p.num_blocks - block); // nothing is written of what the others multiply
         for (u32 step = 0; step < p.num_steps; ++step, at.next()) {
             const u32 full = smem + FULL + 8 * at.stage;
@@ -75,7 +87,7 @@ __device__ __forceinline__ void bring_weights(const Problem& p, u32 smem, const 
                 if (b < blocks)
                     copy_bytes(smem + at.stage * W_BYTES + b * STEP_BYTES, from + (size_t(b) * p.num_steps + step) * STEP_BYTES, STEP_BYTES, full);
         }
-    }
+    });
 }
 
 // Three warps; `thread` is 0..96. Rows are there when their copies are waited for, LAG steps later, and shown to the products.
@@ -89,8 +101,7 @@ __device__ __forceinline__ void gather_rows(const Problem& p, u32 smem, const T*
         if (lane == 0) mbarrier_arrive(smem + FULL + 8 * done.stage);
         done.next();
     };
-    for (u32 item = blockIdx.x; item < p.num_items; item += gridDim.x) {
-        const ExpertTile tile = load_tile(p.tiles, item / p.num_groups);
+    for_each_item(p, [&](const ExpertTile& tile, u32) {
         u32 rows[COPIES];
 #pragma unroll
         for (u32 i = 0; i < COPIES; ++i) {
@@ -115,7 +126,7 @@ __device__ __forceinline__ void gather_rows(const Problem& p, u32 smem, const T*
                 ++under_way;
             }
         }
-    }
+    });
     cp_async_wait<0>();
     for (; under_way > 0; --under_way) finish();
 }
@@ -156,9 +167,8 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
     const u64 first_w = matrix_descriptor<128>(smem + group * STEP_BYTES, HALF_BYTES), first_x = matrix_descriptor<128>(smem + X_AT, X_BYTES);
     Place at;
     float first[TILE_N / 2], second[TILE_N / 2]; // rows 0..64 of the weight block, and 64..128
-    for (u32 item = blockIdx.x; item < p.num_items; item += gridDim.x) {
-        const ExpertTile tile = load_tile(p.tiles, item / p.num_groups);
-        const u32 col = item % p.num_groups * FEATURES + group * (FEATURES / GROUPS) + 16 * warp;
+    for_each_item(p, [&](const ExpertTile& tile, u32 of_item) {
+        const u32 col = of_item * FEATURES + group * (FEATURES / GROUPS) + 16 * warp;
         const Biases biases = load_biases(bias, tile.expert, col, num_cols);
 #pragma unroll
         for (u32 i = 0; i < TILE_N / 2; ++i) first[i] = 0.f, second[i] = 0.f;
@@ -184,7 +194,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
         if (lane == 0) mbarrier_arrive(smem + EMPTY + 8 * before);
         if constexpr (STAGED) {
             const u32 staged = smem + STAGED_AT + group * STAGED_BYTES, block_col = col - 16 * warp;
-            if (block_col >= num_cols) continue;
+            if (block_col >= num_cols) return;
             if constexpr (GATED != 0) {
                 write_staged(staged, out, num_cols, tile, block_col, group, thread, [&](u32 i, bool high) {
                     float x[2];
@@ -203,14 +213,14 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
                     return pack2<T>(second[4 * i + 2 * high] + biases.at[2 + high], second[4 * i + 2 * high + 1] + biases.at[2 + high]);
                 });
             }
-            continue;
+            return;
         }
-        if (col >= num_cols) continue;
+        if (col >= num_cols) return;
 #pragma unroll
         for (u32 i = 0; i < TILE_N / 8; ++i)
             if (8 * i < tile.num_rows)
                 write_tokens(out, num_cols, tile.first_row + 8 * i, tile.first_row + tile.num_rows, col, biases, first + 4 * i, second + 4 * i);
-    }
+    });
 }
 } // namespace
 #endif
@@ -234,16 +244,16 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     wait_for_inputs();
 
     const u32 num_blocks = (num_cols + FEATURES / GROUPS - 1) / (FEATURES / GROUPS), num_groups = (num_blocks + GROUPS - 1) / GROUPS;
-    const Problem problem{tiles, *num_tiles * num_groups, num_groups, num_blocks, (num_k + STEP_K - 1) / STEP_K};
+    // Both loads at once: there is room for a tile of every block of the grid.
+    const ExpertTile first = load_tile(tiles, blockIdx.x / num_groups);
+    const Problem problem{tiles, *num_tiles * num_groups, num_groups, num_blocks, (num_k + STEP_K - 1) / STEP_K, first};
     if (group == GROUPS) {
-        if constexpr (GROUPS > 1) give_registers<96>();
         if (warp == 4 * GROUPS) {
             if (threadIdx.x % 32 == 0) bring_weights(problem, smem, w);
         } else {
             gather_rows(problem, smem, x, x_rows, num_k, threadIdx.x - 128 * GROUPS - 32);
         }
     } else {
-        if constexpr (GROUPS > 1) take_registers<208>();
         multiply(problem, smem, out, bias, num_cols, group, threadIdx.x % 128);
     }
 #endif

@@ -77,23 +77,36 @@ impl CudaExpertScratch {
         for (what, values) in [("rows of experts", pairs), ("features", hidden), ("features of an expert", inner)] {
             count_u32(OP, what, values)?;
         }
-        let lists = section_start(Section::Tiles, pairs) + 4 * tiles::most_tiles(pairs, num_experts, tiles::LEAST_ROWS);
-        let bytes = |cols: usize| pairs.saturating_mul(cols).saturating_mul(dtype.size_bytes());
+        let [lists, gated, results] = sizes(dtype, max_rows, [hidden, inner], routing);
         Ok(Self {
             max_rows,
             num_experts,
             top_k,
             hidden,
             inner,
-            lists: device.alloc("lists of experts", lists.saturating_mul(4))?,
-            gated: device.alloc("activations of experts", bytes(inner))?,
-            results: device.alloc("results of experts", bytes(hidden))?,
+            lists: device.alloc("lists of experts", lists)?,
+            gated: device.alloc("activations of experts", gated)?,
+            results: device.alloc("results of experts", results)?,
         })
     }
 
     fn section(&self, section: Section) -> Result<Span<'_>, KernelError> {
         Span::from(&self.lists).rest(4 * section_start(section, self.max_rows * self.top_k))
     }
+}
+
+/// Bytes of what experts work in, for steps of up to `max_rows` rows.
+#[must_use]
+pub fn expert_bytes(max_rows: usize, hidden: usize, inner: usize, dtype: DType, routing: &Routing) -> usize {
+    sizes(dtype, max_rows, [hidden, inner], routing).into_iter().fold(0, usize::saturating_add)
+}
+
+/// Of lists, gated rows and results.
+fn sizes(dtype: DType, max_rows: usize, [hidden, inner]: [usize; 2], routing: &Routing) -> [usize; 3] {
+    let pairs = max_rows.saturating_mul(routing.top_k).min(u32::MAX as usize);
+    let most = tiles::most_tiles(pairs, routing.num_experts, tiles::LEAST_ROWS);
+    let bytes = |cols: usize| pairs.saturating_mul(cols).saturating_mul(dtype.size_bytes());
+    [4 * (section_start(Section::Tiles, pairs) + 4 * most), bytes(inner), bytes(hidden)]
 }
 
 /// In values, each section at a multiple of 64.

@@ -160,7 +160,9 @@ fn bench_moe() {
             let combine = bench.time(num_rows, &|moe, operands, _, scratch| moe.combine(operands, scratch));
             println!("    route {:6.1} µs   combine {:6.1} µs", route.as_secs_f64() * 1e6, combine.as_secs_f64() * 1e6);
             let sm90: &[Tile] = if device.arch.number() == 90 { &tiles::SM90_TILES } else { &[] };
-            for &tile in tiles::SM80_TILES.iter().chain(sm90) {
+            let mean = pairs.div_ceil(num_experts);
+            let fits = |tile: &&Tile| tile.rows() >= mean.min(64) / 2 && (tile.rows() <= 64 || mean >= 16);
+            for &tile in tiles::SM80_TILES.iter().chain(sm90).filter(fits) {
                 // Beside routing, whose time is taken off again: the lists are of these rows and this tile.
                 let mut with = |part: &Part<'_>| {
                     let both = bench.time(num_rows, &|moe, operands, experts, scratch| {

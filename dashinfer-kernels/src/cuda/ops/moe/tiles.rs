@@ -56,13 +56,12 @@ fn tiles(arch: Arch) -> &'static [Tile] {
 pub(crate) fn tile_for(arch: Arch, pairs: usize, num_experts: usize, rows_alone: bool) -> Tile {
     let mean = pairs.div_ceil(num_experts.max(1));
     if arch == Arch::SM90 {
-        let [of_16, of_32, of_64, of_128] = SM90_TILES;
+        let [of_16, of_32, of_64, _] = SM90_TILES;
         return match mean {
             _ if rows_alone => of_64,
             0..=6 => of_16,
             7..=18 => of_32,
-            19..=48 => of_64,
-            _ => of_128,
+            _ => of_64,
         };
     }
     let [of_16, of_64, of_128] = SM80_TILES;
@@ -75,7 +74,7 @@ pub(crate) fn tile_for(arch: Arch, pairs: usize, num_experts: usize, rows_alone:
 
 /// Tiles of `tile_rows` rows that `pairs` rows make at most, however they fall on the experts.
 pub(super) fn most_tiles(pairs: usize, num_experts: usize, tile_rows: usize) -> usize {
-    pairs.min(pairs / tile_rows + num_experts)
+    pairs.min((pairs / tile_rows).saturating_add(num_experts))
 }
 
 impl Tile {
