@@ -131,12 +131,6 @@ __device__ __forceinline__ void gather_rows(const Problem& p, u32 smem, const T*
     for (; under_way > 0; --under_way) finish();
 }
 
-// Four 8x8 tiles of 16-bit values, transposed; lane l gives the address of row l % 8 of tile l / 8.
-__device__ __forceinline__ void stmatrix_x4_trans(u32 smem, const u32 (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-}
-
 // A warpgroup writes 64 features of the tile's tokens from `col` on, 128 bytes of a token at a time; each warp brings 16 features.
 // `pack(i, high)`: of tokens 2t and 2t + 1 of those from 8 i on, this lane's feature g, or g + 8.
 template <typename Pack>
@@ -146,8 +140,10 @@ __device__ __forceinline__ void write_staged(u32 smem, T* out, u32 num_cols, con
     barrier_sync(1 + group, 128); // nobody reads what was there before
 #pragma unroll
     for (u32 i = 0; i < TILE_N / 8; i += 2) {
-        const u32 of_tokens[4] = {pack(i, false), pack(i, true), pack(i + 1, false), pack(i + 1, true)};
-        stmatrix_x4_trans(to + 8 * i * 128, of_tokens);
+        // Four 8x8 tiles, transposed: lane l gives the address of row l % 8 of tile l / 8.
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + 8 * i * 128), "r"(pack(i, false)),
+                     "r"(pack(i, true)), "r"(pack(i + 1, false)), "r"(pack(i + 1, true))
+                     : "memory");
     }
     barrier_sync(1 + group, 128);
     const u32 piece = thread % 8, first = thread / 8, from = smem + place_of(first, piece);
