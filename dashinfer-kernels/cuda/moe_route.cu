@@ -167,10 +167,11 @@ __device__ __forceinline__ void dispatch(u32* shared, const u32* experts, const 
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = p.num_experts;
     u32* const counts = shared;
     u32 *const totals = shared + WARPS * n, *const first_rows = totals + n, *const first_tiles = first_rows + n;
-    for (u32 i = threadIdx.x; i < WARPS * n; i += blockDim.x) counts[i] = 0;
+    const u32 run = (p.num_pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
+    const u32 num_runs = (p.num_pairs + run - 1) / run; // few pairs leave warps without one
+    for (u32 i = threadIdx.x; i < num_runs * n; i += blockDim.x) counts[i] = 0;
     __syncthreads();
 
-    const u32 run = (p.num_pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;
     const u32 begin = min(warp * run, p.num_pairs), end = min(begin + run, p.num_pairs);
     u32* const mine = counts + warp * n;
     for (u32 pair = begin + lane; pair < end; pair += 32) atomicAdd(mine + experts[pair], 1);
@@ -179,7 +180,7 @@ __device__ __forceinline__ void dispatch(u32* shared, const u32* experts, const 
     // Counts become how many of the expert the warps before have.
     for (u32 expert = threadIdx.x; expert < n; expert += blockDim.x) {
         u32 sum = 0;
-        for (u32 w = 0; w < WARPS; ++w) {
+        for (u32 w = 0; w < num_runs; ++w) {
             const u32 count = counts[w * n + expert];
             counts[w * n + expert] = sum;
             sum += count;
