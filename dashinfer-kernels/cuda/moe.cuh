@@ -23,7 +23,12 @@ struct ExpertTile {
 };
 
 __device__ __forceinline__ ExpertTile load_tile(const ExpertTile* tiles, u32 index) {
-    const uint4 tile = *reinterpret_cast<const uint4*>(tiles + index);
+    // From L2, and not moved by the compiler to where it may not be read yet.
+    uint4 tile;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.x), "=r"(tile.y), "=r"(tile.z), "=r"(tile.w)
+                 : "l"(tiles + index)
+                 : "memory");
     return {tile.x, tile.y, tile.z, tile.w};
 }
 

@@ -9,6 +9,8 @@
 // multiprocessors walk the items (tile, weight blocks), weight blocks innermost, so that those which run together share tokens and
 // an expert. A ring of STAGES steps of 64 k never runs dry between items: one thread has the copy engine bring weights, which lie there as
 // shared memory has them; three warps gather rows of x. GROUPS warpgroups multiply, each a weight block: gates and ups of 64 features.
+// With `early` weights are brought before the kernel in front is done. It must be one of these that is not, which lets the next start when
+// it has waited itself: then routing is over, and what it left may be read.
 // Sums run over k in order, in f32. A row's result depends on no other row; it may depend on TILE_N in the last bit.
 // Limit: few tokens, memory, 2 * N * K bytes for each expert that has some; many, arithmetic.
 #include "hopper.cuh"
@@ -223,7 +225,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
 
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     KERNEL(moe_tiles_sm90)(T* out, const T* x, const u32* x_rows, const T* w, const float* bias, const ExpertTile* tiles, const u32* num_tiles,
-                           u32 num_cols, u32 num_k) {
+                           u32 num_cols, u32 num_k, u32 early) {
 #if __CUDA_ARCH__ == 900
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = (smem_u32(shared) + 1023) / 1024 * 1024;
@@ -236,16 +238,22 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         mbarrier_init_done();
     }
     __syncthreads();
-    let_next_start();
-    wait_for_inputs();
+    const bool waits = !early || warp != 4 * GROUPS;
+    if (waits) {
+        wait_for_inputs();
+        let_next_start();
+    }
 
     const u32 num_blocks = (num_cols + FEATURES / GROUPS - 1) / (FEATURES / GROUPS), num_groups = (num_blocks + GROUPS - 1) / GROUPS;
     // Both loads at once: there is room for a tile of every block of the grid.
     const ExpertTile first = load_tile(tiles, blockIdx.x / num_groups);
-    const Problem problem{tiles, *num_tiles * num_groups, num_groups, num_blocks, (num_k + STEP_K - 1) / STEP_K, first};
+    u32 count;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(count) : "l"(num_tiles) : "memory");
+    const Problem problem{tiles, count * num_groups, num_groups, num_blocks, (num_k + STEP_K - 1) / STEP_K, first};
     if (group == GROUPS) {
         if (warp == 4 * GROUPS) {
             if (threadIdx.x % 32 == 0) bring_weights(problem, smem, w);
+            if (!waits) wait_for_inputs();
         } else {
             gather_rows(problem, smem, x, x_rows, num_k, threadIdx.x - 128 * GROUPS - 32);
         }

@@ -143,6 +143,8 @@ pub(crate) struct Moe {
     dtype: DType,
     /// Whether a row's bits must not depend on how many rows there are.
     rows_alone: bool,
+    /// Whether weights of down are brought while gate and up are still computed.
+    early: bool,
     route: Route,
     tiles: Tiles,
     combine: Mutex<Option<[Kernel; 2]>>,
@@ -154,6 +156,7 @@ impl Moe {
             device: Arc::clone(device),
             dtype,
             rows_alone,
+            early: false,
             route: Route::new(),
             tiles: Tiles::new(dtype),
             combine: Mutex::default(),
@@ -205,7 +208,7 @@ impl Moe {
         }
         self.route(operands, routing, scratch, tile)?;
         self.gate_up(operands, experts, scratch, tile)?;
-        self.down(operands, experts, scratch, tile)?;
+        self.down(operands, experts, scratch, tile, self.early)?;
         self.combine(operands, scratch)
     }
 
@@ -271,17 +274,19 @@ impl Moe {
             num_rows: operands.num_rows * scratch.top_k,
             tiles: scratch.section(Section::Tiles)?,
             num_tiles: scratch.section(Section::NumTiles)?,
+            is_second: false,
         };
         self.tiles.run(&self.device, &product, &experts.gate_up, tile)
     }
 
-    /// `results[r] = down · gated[r]`.
+    /// `results[r] = down · gated[r]`. `is_second`: right behind [`gate_up`](Self::gate_up).
     fn down(
         &self,
         operands: &Operands<'_>,
         experts: &CudaExperts,
         scratch: &CudaExpertScratch,
         tile: Tile,
+        is_second: bool,
     ) -> Result<(), KernelError> {
         let num_rows = operands.num_rows * scratch.top_k;
         let product = Product {
@@ -292,6 +297,7 @@ impl Moe {
             num_rows,
             tiles: scratch.section(Section::Tiles)?,
             num_tiles: scratch.section(Section::NumTiles)?,
+            is_second,
         };
         self.tiles.run(&self.device, &product, &experts.down, tile)
     }

@@ -172,9 +172,25 @@ fn bench_moe() {
                     both.saturating_sub(route)
                 };
                 let gate_up = with(&|moe, operands, experts, scratch| moe.gate_up(operands, experts, scratch, tile));
-                let down = with(&|moe, operands, experts, scratch| moe.down(operands, experts, scratch, tile));
+                let down = with(&|moe, operands, experts, scratch| moe.down(operands, experts, scratch, tile, false));
                 println!("    gate_up {} | down {} | {tile:?}", rate(gate_up, 2), rate(down, 1));
             }
         }
+    }
+}
+
+/// What it saves that weights of down come early, for few rows.
+#[test]
+#[ignore = "measures"]
+fn bench_moe_early() {
+    let Some(device) = test_device().filter(|device| Moe::is_supported(device, DType::BF16)) else { return };
+    let mut bench = Bench::new(&device, MODELS[0]);
+    let routing = bench.routing;
+    for num_rows in [1, 2, 8, 64, 256] {
+        let [late, early] = [false, true].map(|early| {
+            bench.moe.early = early;
+            bench.time(num_rows, &|moe, operands, experts, scratch| moe.run(operands, experts, &routing, scratch))
+        });
+        println!("{num_rows:>5} rows: late {late:.1?}, early {early:.1?}");
     }
 }

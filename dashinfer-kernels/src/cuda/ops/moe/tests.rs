@@ -510,6 +510,42 @@ fn a_row_alone_has_the_bits_that_it_has_among_others() {
     assert!(read(&out, dtype) == plain, "recorded");
 }
 
+/// Layers behind each other, each with other tokens, whose lists of tiles would do harm if they were read too early.
+#[test]
+fn weights_may_come_before_the_rows() {
+    let Some(device) = device() else { return };
+    let (dtype, hidden, inner, most, routing) = (DType::BF16, 512, 1032, 96, plain(32, 4));
+    let layer = Layer::new(&device, dtype, [hidden, inner], routing, false);
+    let mut scratch = CudaExpertScratch::new(&device, dtype, most, [hidden, inner], &routing).unwrap();
+    let x = Values::random(&device, dtype, most * hidden, 4);
+    let counts = [96, 1, 40, 2, 64, 8, 96, 3];
+    let all: Vec<Values> =
+        (0..counts.len()).map(|i| Values::of(&device, DType::F32, &logits(most, 32, i as u64 + 50))).collect();
+    let mut run = |early: bool| {
+        let mut moe = Moe::new(&device, dtype, false);
+        moe.early = early;
+        let outs: Vec<Buffer> = counts.iter().map(|count| poisoned(&device, count * hidden * 2)).collect();
+        let mut layers = || {
+            for ((&num_rows, logits), out) in counts.iter().zip(&all).zip(&outs) {
+                let logits = (&logits.on_device).into();
+                let operands =
+                    Operands { out: out.into(), x: (&x.on_device).into(), logits, correction: None, num_rows };
+                moe.run(&operands, &layer.experts, &routing, &mut scratch)?;
+            }
+            Ok(())
+        };
+        if early {
+            time(&device, layers);
+        } else {
+            layers().unwrap();
+        }
+        outs.iter().map(|out| read(out, dtype)).collect::<Vec<_>>()
+    };
+    let late = run(false);
+    assert!(late.iter().flatten().all(|value| value.is_finite()));
+    assert!(run(true) == late);
+}
+
 #[test]
 fn a_shared_expert_is_added() {
     let Some(device) = device() else { return };

@@ -149,6 +149,8 @@ pub(super) struct Product<'a> {
     pub(super) num_rows: usize,
     pub(super) tiles: Span<'a>,
     pub(super) num_tiles: Span<'a>,
+    /// Whether the launch before this one is another product of the same lists: then weights need not wait for its end.
+    pub(super) is_second: bool,
 }
 
 /// The kernels of one element type, each compiled at first use.
@@ -199,6 +201,9 @@ impl Tiles {
             .ptr(product.num_tiles.holding(OP, "numbers of tiles", 1, 4)?)
             .u32(count_u32(OP, "columns", num_cols)?)
             .u32(count_u32(OP, "columns of x", num_k)?);
+        if matches!(tile, Tile::Sm90 { .. }) {
+            args = args.u32(u32::from(product.is_second));
+        }
         let wave = device.num_sms as usize * tile.blocks_per_sm();
         let grid = count_u32(OP, "blocks", wave.min(most * blocks))?;
         let (block, shared) = (tile.threads() as u32, tile.shared_bytes() as u32);
