@@ -10,7 +10,7 @@
 // A warp routes a token; lane l has experts l, l + 32, .. (at most 32 * PER_LANE). Dispatch is a stable counting sort by one block: each
 // warp counts a run of the pairs, the counts become places, and each warp puts its run there, in order. So nothing depends on timing.
 // With `dispatch` one block of moe_route does that too: few tokens need no second kernel.
-// Limit: latency; for many tokens that of one multiprocessor, some 100 ps for each pair.
+// Limit: latency; for many tokens that of one multiprocessor, some 300 ps for each pair.
 #include "common.cuh"
 
 #ifndef PER_LANE
@@ -43,6 +43,7 @@ namespace {
 constexpr u32 WARPS = THREADS / 32; // of the block that dispatches
 constexpr u32 NOTHING = 0;   // a key below all that values have
 constexpr u32 NO_EXPERT = ~0u;
+constexpr u32 AHEAD = 8;     // pairs of a lane that are read at once: each is a trip to memory
 
 __device__ __forceinline__ u32 warp_max(u32 x) { return __reduce_max_sync(ALL_LANES, x); }
 __device__ __forceinline__ u32 warp_min(u32 x) { return __reduce_min_sync(ALL_LANES, x); }
@@ -162,6 +163,15 @@ __device__ __forceinline__ void route(u32* experts, float* weights, const float*
     }
 }
 
+// Pairs first + lane, first + lane + 32, .. of a run.
+__device__ __forceinline__ void read_pairs(u32 (&of_pairs)[AHEAD], const u32* experts, u32 first, u32 end) {
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) {
+        const u32 pair = first + 32 * i + threadIdx.x % 32;
+        of_pairs[i] = pair < end ? experts[pair] : NO_EXPERT;
+    }
+}
+
 // By a block of THREADS threads. Shared memory: counts of each warp [WARPS][N], of all [N], first rows [N], first tiles [N].
 __device__ __forceinline__ void dispatch(u32* shared, const u32* experts, const DispatchParams& p) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = p.num_experts;
@@ -174,7 +184,13 @@ __device__ __forceinline__ void dispatch(u32* shared, const u32* experts, const 
 
     const u32 begin = min(warp * run, p.num_pairs), end = min(begin + run, p.num_pairs);
     u32* const mine = counts + warp * n;
-    for (u32 pair = begin + lane; pair < end; pair += 32) atomicAdd(mine + experts[pair], 1);
+    for (u32 first = begin; first < end; first += 32 * AHEAD) {
+        u32 of_pairs[AHEAD];
+        read_pairs(of_pairs, experts, first, end);
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; ++i)
+            if (of_pairs[i] != NO_EXPERT) atomicAdd(mine + of_pairs[i], 1);
+    }
     __syncthreads();
 
     // Counts become how many of the expert the warps before have.
@@ -214,20 +230,25 @@ __device__ __forceinline__ void dispatch(u32* shared, const u32* experts, const 
             ++to;
         }
     }
-    for (u32 first = begin; first < end; first += 32) {
-        const u32 pair = first + lane;
-        const u32 expert = pair < end ? experts[pair] : NO_EXPERT;
-        const u32 same = __match_any_sync(ALL_LANES, expert);
-        const u32 before = __popc(same & ((1u << lane) - 1));
-        u32 row = 0;
-        if (expert != NO_EXPERT) row = first_rows[expert] + mine[expert] + before;
-        __syncwarp();
-        if (expert != NO_EXPERT) {
-            if (before == 0) mine[expert] += __popc(same);
-            p.row_of[pair] = row;
-            p.token_of[row] = pair / p.top_k;
+    for (u32 first = begin; first < end; first += 32 * AHEAD) {
+        u32 of_pairs[AHEAD];
+        read_pairs(of_pairs, experts, first, end);
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; ++i) {
+            if (first + 32 * i >= end) break;
+            const u32 pair = first + 32 * i + lane, expert = of_pairs[i];
+            const u32 same = __match_any_sync(ALL_LANES, expert);
+            const u32 before = __popc(same & ((1u << lane) - 1));
+            u32 row = 0;
+            if (expert != NO_EXPERT) row = first_rows[expert] + mine[expert] + before;
+            __syncwarp();
+            if (expert != NO_EXPERT) {
+                if (before == 0) mine[expert] += __popc(same);
+                p.row_of[pair] = row;
+                p.token_of[row] = pair / p.top_k;
+            }
+            __syncwarp();
         }
-        __syncwarp();
     }
 }
 } // namespace

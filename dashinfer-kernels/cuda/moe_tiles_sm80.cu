@@ -13,7 +13,7 @@
 // Limit: few tokens, memory, 2 * N * K bytes for each expert that has some; many, arithmetic.
 #include "moe.cuh"
 
-#ifndef TILE_N // tokens of a tile: 16, 64, 128
+#ifndef TILE_N // tokens of a tile: 16, 64
 #define TILE_N 64
 #endif
 #ifndef WARPS_N

@@ -346,7 +346,8 @@ impl Feature {
             | Self::AttentionSinks
             | Self::LogitSoftCap
             | Self::ClampedSwiglu
-            | Self::LatentAttention => false,
+            | Self::LatentAttention
+            | Self::StoredQuantization => false,
         }
     }
 }
