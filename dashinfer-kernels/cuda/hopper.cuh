@@ -133,19 +133,23 @@ struct Wgmma;
 #define DASH_D13 "%104, %105, %106, %107, %108, %109, %110, %111"
 #define DASH_D14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define DASH_D15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define DASH_LIST8 DASH_D0
+#define DASH_LIST16 DASH_D0 ", " DASH_D1
 #define DASH_LIST32 DASH_D0 ", " DASH_D1 ", " DASH_D2 ", " DASH_D3
 #define DASH_LIST40 DASH_D0 ", " DASH_D1 ", " DASH_D2 ", " DASH_D3 ", " DASH_D4
 #define DASH_LIST48 DASH_D0 ", " DASH_D1 ", " DASH_D2 ", " DASH_D3 ", " DASH_D4 ", " DASH_D5
 #define DASH_LIST64 DASH_D0 ", " DASH_D1 ", " DASH_D2 ", " DASH_D3 ", " DASH_D4 ", " DASH_D5 ", " DASH_D6 ", " DASH_D7
 #define DASH_LIST96 DASH_D0 ", " DASH_D1 ", " DASH_D2 ", " DASH_D3 ", " DASH_D4 ", " DASH_D5 ", " DASH_D6 ", " DASH_D7 ", " DASH_D8 ", " DASH_D9 ", " DASH_D10 ", " DASH_D11
 #define DASH_LIST128 DASH_D0 ", " DASH_D1 ", " DASH_D2 ", " DASH_D3 ", " DASH_D4 ", " DASH_D5 ", " DASH_D6 ", " DASH_D7 ", " DASH_D8 ", " DASH_D9 ", " DASH_D10 ", " DASH_D11 ", " DASH_D12 ", " DASH_D13 ", " DASH_D14 ", " DASH_D15
-#define DASH_OUT8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define DASH_OUT32 DASH_OUT8(0), DASH_OUT8(8), DASH_OUT8(16), DASH_OUT8(24)
-#define DASH_OUT40 DASH_OUT8(0), DASH_OUT8(8), DASH_OUT8(16), DASH_OUT8(24), DASH_OUT8(32)
-#define DASH_OUT48 DASH_OUT8(0), DASH_OUT8(8), DASH_OUT8(16), DASH_OUT8(24), DASH_OUT8(32), DASH_OUT8(40)
-#define DASH_OUT64 DASH_OUT8(0), DASH_OUT8(8), DASH_OUT8(16), DASH_OUT8(24), DASH_OUT8(32), DASH_OUT8(40), DASH_OUT8(48), DASH_OUT8(56)
-#define DASH_OUT96 DASH_OUT8(0), DASH_OUT8(8), DASH_OUT8(16), DASH_OUT8(24), DASH_OUT8(32), DASH_OUT8(40), DASH_OUT8(48), DASH_OUT8(56), DASH_OUT8(64), DASH_OUT8(72), DASH_OUT8(80), DASH_OUT8(88)
-#define DASH_OUT128 DASH_OUT8(0), DASH_OUT8(8), DASH_OUT8(16), DASH_OUT8(24), DASH_OUT8(32), DASH_OUT8(40), DASH_OUT8(48), DASH_OUT8(56), DASH_OUT8(64), DASH_OUT8(72), DASH_OUT8(80), DASH_OUT8(88), DASH_OUT8(96), DASH_OUT8(104), DASH_OUT8(112), DASH_OUT8(120)
+#define DASH_EIGHT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define DASH_OUT8 DASH_EIGHT(0)
+#define DASH_OUT16 DASH_EIGHT(0), DASH_EIGHT(8)
+#define DASH_OUT32 DASH_EIGHT(0), DASH_EIGHT(8), DASH_EIGHT(16), DASH_EIGHT(24)
+#define DASH_OUT40 DASH_EIGHT(0), DASH_EIGHT(8), DASH_EIGHT(16), DASH_EIGHT(24), DASH_EIGHT(32)
+#define DASH_OUT48 DASH_EIGHT(0), DASH_EIGHT(8), DASH_EIGHT(16), DASH_EIGHT(24), DASH_EIGHT(32), DASH_EIGHT(40)
+#define DASH_OUT64 DASH_EIGHT(0), DASH_EIGHT(8), DASH_EIGHT(16), DASH_EIGHT(24), DASH_EIGHT(32), DASH_EIGHT(40), DASH_EIGHT(48), DASH_EIGHT(56)
+#define DASH_OUT96 DASH_EIGHT(0), DASH_EIGHT(8), DASH_EIGHT(16), DASH_EIGHT(24), DASH_EIGHT(32), DASH_EIGHT(40), DASH_EIGHT(48), DASH_EIGHT(56), DASH_EIGHT(64), DASH_EIGHT(72), DASH_EIGHT(80), DASH_EIGHT(88)
+#define DASH_OUT128 DASH_EIGHT(0), DASH_EIGHT(8), DASH_EIGHT(16), DASH_EIGHT(24), DASH_EIGHT(32), DASH_EIGHT(40), DASH_EIGHT(48), DASH_EIGHT(56), DASH_EIGHT(64), DASH_EIGHT(72), DASH_EIGHT(80), DASH_EIGHT(88), DASH_EIGHT(96), DASH_EIGHT(104), DASH_EIGHT(112), DASH_EIGHT(120)
 
 // R: registers of d, N / 2; I0, .. I6: the numbers of the operands after them.
 #define DASH_WGMMA(V, N, R, I0, I1, I2, I3, I4, I5, I6)                                                                     \
@@ -168,6 +172,10 @@ struct Wgmma;
                          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(int(ADD)), "n"(int(MN_MAJOR)));                  \
         }                                                                                                                   \
     };
+DASH_WGMMA(bf16, 16, 8, 8, 9, 10, 11, 12, 13, 14)
+DASH_WGMMA(f16, 16, 8, 8, 9, 10, 11, 12, 13, 14)
+DASH_WGMMA(bf16, 32, 16, 16, 17, 18, 19, 20, 21, 22)
+DASH_WGMMA(f16, 32, 16, 16, 17, 18, 19, 20, 21, 22)
 DASH_WGMMA(bf16, 64, 32, 32, 33, 34, 35, 36, 37, 38)
 DASH_WGMMA(f16, 64, 32, 32, 33, 34, 35, 36, 37, 38)
 DASH_WGMMA(bf16, 80, 40, 40, 41, 42, 43, 44, 45, 46)

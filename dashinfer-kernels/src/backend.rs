@@ -339,13 +339,13 @@ impl Feature {
     #[must_use]
     pub const fn on_gpus(self) -> bool {
         match self {
+            Self::Experts => true,
             Self::EmbeddingScale
             | Self::GeluTanh
             | Self::AttentionSoftCap
             | Self::AttentionSinks
             | Self::LogitSoftCap
             | Self::ClampedSwiglu
-            | Self::Experts
             | Self::LatentAttention
             | Self::StoredQuantization => false,
         }

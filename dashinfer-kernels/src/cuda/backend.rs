@@ -17,6 +17,8 @@ use super::ops::attention::{Attention, AttentionOperands};
 use super::ops::embed::Embed;
 use super::ops::gather_rows::GatherRows;
 use super::ops::linear::{CudaLinear, LinearMode, Linears};
+use super::ops::moe::packed::CudaExperts;
+use super::ops::moe::{CudaExpertScratch, Moe, Operands as MoeOperands};
 use super::ops::rms_norm::RmsNorm;
 use super::ops::rope::{PreparedRope, RopeAndCache, RopeOperands, RopeSizes};
 use super::ops::sample::{CudaSampler, Logits};
@@ -24,7 +26,7 @@ use super::ops::silu_mul::SiluMul;
 use super::plan::AttentionPlan;
 use super::records::{Next, Records};
 use super::step::{Steps, section};
-use super::tensors::{CudaExpertScratch, CudaExperts, CudaKvCache, CudaTensor, CudaVector};
+use super::tensors::{CudaKvCache, CudaTensor, CudaVector};
 use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
@@ -84,6 +86,7 @@ pub struct CudaBackend {
     embed: Embed,
     norm: RmsNorm,
     linears: Linears,
+    moe: Moe,
     rope: RopeAndCache,
     attention: Attention,
     silu: SiluMul,
@@ -129,6 +132,7 @@ impl CudaBackend {
             embed: Embed::new(device, dtype)?,
             norm: RmsNorm::new(device, dtype)?,
             linears: Linears::new(device, dtype, mode)?,
+            moe: Moe::new(device, dtype, config.deterministic),
             rope: RopeAndCache::new(device, dtype)?,
             attention: Attention::new(device, dtype, config.deterministic)?,
             silu: SiluMul::new(device, dtype)?,
@@ -399,7 +403,7 @@ impl Backend for CudaBackend {
     }
 
     fn supports(&self, feature: Feature) -> bool {
-        feature.on_gpus()
+        feature.on_gpus() && (feature != Feature::Experts || Moe::is_supported(&self.device, self.config.dtype))
     }
 
     fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear, scale: f32) -> Result<(), KernelError> {
@@ -558,30 +562,70 @@ impl Backend for CudaBackend {
         self.silu.run(&self.device, out.span(), x.span(), [x.rows, cols])
     }
 
-    fn pack_experts(&self, _: Vec<CudaLinear>, _: Vec<CudaLinear>) -> Result<CudaExperts, KernelError> {
-        Err(unsupported("pack_experts", Feature::Experts))
+    fn pack_experts(&self, gate_up: Vec<CudaLinear>, down: Vec<CudaLinear>) -> Result<CudaExperts, KernelError> {
+        self.moe.check_supported("pack_experts")?;
+        CudaExperts::new(&self.device, self.config.dtype, gate_up, down)
     }
 
-    fn expert_scratch(&self, _: usize, _: usize, _: usize, _: &Routing) -> Result<CudaExpertScratch, KernelError> {
-        Err(unsupported("expert_scratch", Feature::Experts))
+    fn expert_scratch(
+        &self,
+        max_rows: usize,
+        hidden: usize,
+        inner: usize,
+        routing: &Routing,
+    ) -> Result<CudaExpertScratch, KernelError> {
+        self.moe.check_supported("expert_scratch")?;
+        CudaExpertScratch::new(&self.device, self.config.dtype, max_rows, [hidden, inner], routing)
     }
 
     fn experts(
         &mut self,
-        _: &mut CudaTensor,
-        _: &CudaTensor,
-        _: &CudaTensor,
-        _: Option<&CudaVector>,
-        _: &CudaExperts,
-        _: &Routing,
-        _: Activation,
-        _: &mut CudaExpertScratch,
+        out: &mut CudaTensor,
+        x: &CudaTensor,
+        logits: &CudaTensor,
+        correction: Option<&CudaVector>,
+        experts: &CudaExperts,
+        routing: &Routing,
+        activation: Activation,
+        scratch: &mut CudaExpertScratch,
     ) -> Result<(), KernelError> {
-        Err(unsupported("experts", Feature::Experts))
+        const OP: &str = "experts";
+        if let Some(feature) = activation.feature() {
+            return Err(unsupported(OP, feature));
+        }
+        check(OP, "columns of x", experts.hidden, x.cols)?;
+        check(OP, "columns of the logits", routing.num_experts, logits.cols)?;
+        check(OP, "rows of the logits", x.rows, logits.rows)?;
+        check(OP, "bytes of a logit", DType::F32.size_bytes(), logits.dtype.size_bytes())?;
+        if let Some(correction) = correction {
+            check(OP, "length of the correction", routing.num_experts, correction.len)?;
+        }
+        out.resize(OP, x.rows, experts.hidden)?;
+        let operands = MoeOperands {
+            out: out.span(),
+            x: x.span(),
+            logits: logits.span(),
+            correction: correction.map(|correction| (&correction.buffer).into()),
+            num_rows: x.rows,
+        };
+        self.moe.run(&operands, experts, routing, scratch)
     }
 
-    fn add_gated(&mut self, _: &mut CudaTensor, _: &CudaTensor, _: Option<&CudaTensor>) -> Result<(), KernelError> {
-        Err(unsupported("add_gated", Feature::Experts))
+    fn add_gated(
+        &mut self,
+        out: &mut CudaTensor,
+        x: &CudaTensor,
+        gate: Option<&CudaTensor>,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "add_gated";
+        check(OP, "rows of x", out.rows, x.rows)?;
+        check(OP, "columns of x", out.cols, x.cols)?;
+        if let Some(gate) = gate {
+            check(OP, "rows of the gate", out.rows, gate.rows)?;
+            check(OP, "columns of the gate", 1, gate.cols)?;
+            check(OP, "bytes of a gate", DType::F32.size_bytes(), gate.dtype.size_bytes())?;
+        }
+        self.moe.add_gated(out.span(), x.span(), gate.map(CudaTensor::span), [out.rows, out.cols])
     }
 
     fn gather_logit_rows(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {

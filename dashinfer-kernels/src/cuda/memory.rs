@@ -75,6 +75,17 @@ impl Buffer {
         self.device.synchronize()
     }
 
+    /// Copies the first `len` bytes of `from`, behind the work so far, without waiting.
+    pub(crate) fn copy_from(&self, offset: usize, from: &Self, len: usize) -> Result<(), KernelError> {
+        self.check_range("copy", offset, len)?;
+        from.check_range("copy", 0, len)?;
+        self.device.bind()?;
+        // SAFETY: both ranges are in their buffers, which outlive the work on them (`cuMemFree` waits).
+        let result =
+            unsafe { sys::cuMemcpyDtoDAsync_v2(self.ptr + offset as u64, from.ptr, len, self.device.stream()) };
+        checked("cuMemcpyDtoDAsync", result)
+    }
+
     /// Sets `len` bytes, behind the work so far, without waiting.
     pub(crate) fn fill(&self, offset: usize, len: usize, byte: u8) -> Result<(), KernelError> {
         self.check_range("fill", offset, len)?;

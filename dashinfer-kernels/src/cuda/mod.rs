@@ -36,7 +36,9 @@ pub use backend::{CudaBackend, CudaConfig};
 pub use compiler::KernelSettings;
 pub use device::num_devices;
 pub use ops::linear::CudaLinear;
-pub use tensors::{CudaExpertScratch, CudaExperts, CudaKvCache, CudaTensor, CudaVector};
+pub use ops::moe::packed::CudaExperts;
+pub use ops::moe::{CudaExpertScratch, expert_bytes};
+pub use tensors::{CudaKvCache, CudaTensor, CudaVector};
 
 use crate::{DType, KernelError};
 

@@ -42,14 +42,6 @@ pub struct CudaVector {
     pub(super) len: usize,
 }
 
-/// The experts of a layer: none yet, as there are no kernels for them.
-#[derive(Debug)]
-pub enum CudaExperts {}
-
-/// What experts work in.
-#[derive(Debug)]
-pub enum CudaExpertScratch {}
-
 /// Keys and values of all layers: for each layer `[num_blocks, K, B, D]` keys, then as many values.
 #[derive(Debug)]
 pub struct CudaKvCache {

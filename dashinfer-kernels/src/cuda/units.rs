@@ -99,6 +99,7 @@ pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
+    ("moe.cuh", include_str!("../../cuda/moe.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
     ("rope.cuh", include_str!("../../cuda/rope.cuh")),
 ];
@@ -146,6 +147,26 @@ pub static UNITS: &[Listed] = &[
     Listed { unit: &ops::linear::rows::UNIT, archs: Archs::SINCE_SM80, types: HALVES, variants: linear_rows },
     Listed { unit: &ops::linear::SIMPLE, archs: Archs::BEFORE_SM80, types: ALL_TYPES, variants: linear_simple },
     Listed { unit: &ops::linear::SIMPLE, archs: Archs::SINCE_SM80, types: &[DType::F32], variants: linear_simple },
+    Listed { unit: &ops::moe::COMBINE, archs: Archs::SINCE_SM80, types: HALVES, variants: one },
+    Listed { unit: &ops::moe::packed::UNIT, archs: Archs::SINCE_SM80, types: HALVES, variants: gated_or_not },
+    Listed {
+        unit: &ops::moe::route::UNIT,
+        archs: Archs::SINCE_SM80,
+        types: &[DType::F32],
+        variants: |_| ops::moe::route::PER_LANE.map(|per_lane| vec![ops::moe::route::option(per_lane)]).to_vec(),
+    },
+    Listed {
+        unit: &ops::moe::tiles::SM80,
+        archs: Archs::SINCE_SM80,
+        types: HALVES,
+        variants: |_| moe_tiles(&ops::moe::tiles::SM80_TILES),
+    },
+    Listed {
+        unit: &ops::moe::tiles::SM90,
+        archs: Archs::SM90,
+        types: HALVES,
+        variants: |_| moe_tiles(&ops::moe::tiles::SM90_TILES),
+    },
     Listed { unit: &probe::UNIT, archs: Archs::ALL, types: &[DType::BF16], variants: one },
     Listed { unit: &ops::rms_norm::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::rope::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
@@ -170,6 +191,15 @@ fn linear_rows(arch: Arch) -> Vec<Vec<String>> {
 fn linear_simple(_: Arch) -> Vec<Vec<String>> {
     let of = |tile: &str| ["-DOUT_F32=0", "-DOUT_F32=1"].map(|out| vec![tile.to_string(), out.to_string()]);
     ["-DTILE_M=16", "-DTILE_M=64"].into_iter().flat_map(of).collect()
+}
+
+/// Every tile, for gates and ups and for down.
+fn moe_tiles(tiles: &[ops::moe::tiles::Tile]) -> Vec<Vec<String>> {
+    tiles.iter().flat_map(|tile| [false, true].map(|gated| tile.options(gated))).collect()
+}
+
+fn gated_or_not(_: Arch) -> Vec<Vec<String>> {
+    [false, true].map(|gated| vec![ops::moe::packed::option(gated).to_string()]).to_vec()
 }
 
 /// No macros but the element type.

@@ -146,7 +146,11 @@ impl Target {
                     max_logit_rows: limits.max_logit_rows,
                     vocab_size: spec.vocab_size,
                 };
-                cuda::workspace_bytes(device, &params)
+                let experts = spec.experts.map_or(0, |experts| {
+                    let (hidden, inner) = (spec.hidden_size, experts.size);
+                    cuda::expert_bytes(limits.max_tokens, hidden, inner, compute, &experts.routing)
+                });
+                cuda::workspace_bytes(device, &params).saturating_add(experts as u64)
             }
         }
     }
@@ -191,7 +195,7 @@ fn most_stored(opened: &Opened) -> DType {
 /// A build without GPUs: there is no device that could be opened.
 #[cfg(not(feature = "cuda"))]
 mod cuda {
-    use dashinfer_kernels::{DType, KernelError};
+    use dashinfer_kernels::{DType, KernelError, Routing};
 
     pub(crate) enum CudaDevice {}
 
@@ -212,6 +216,10 @@ mod cuda {
 
     pub(crate) fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
         rows * cols * dtype.size_bytes()
+    }
+
+    pub(crate) fn expert_bytes(_: usize, _: usize, _: usize, _: DType, _: &Routing) -> usize {
+        0
     }
 
     #[expect(dead_code, reason = "there is no device to ask for its workspace")]

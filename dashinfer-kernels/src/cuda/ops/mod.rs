@@ -9,6 +9,7 @@ pub(crate) mod attention_units;
 pub(crate) mod embed;
 pub(crate) mod gather_rows;
 pub(crate) mod linear;
+pub(crate) mod moe;
 pub(crate) mod operand;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
