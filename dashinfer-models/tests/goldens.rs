@@ -8,7 +8,7 @@ mod common;
 mod spelt_otherwise;
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     fs,
     path::{Path, PathBuf},
 };
@@ -45,6 +45,32 @@ const F16: Bounds = Bounds { logits: 1e-2, margin: 2e-2 };
 #[cfg(feature = "cuda")]
 const BF16: Bounds = Bounds { logits: 6e-2, margin: 0.12 };
 
+/// The divergence of what was found from what was wanted, in nats.
+fn divergence(found: &[f32], wanted: &[f32]) -> f64 {
+    let log_softmax = |logits: &[f32]| -> Vec<f64> {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
+        logits.iter().map(|x| f64::from(x - largest) - sum.ln()).collect()
+    };
+    let (found, wanted) = (log_softmax(found), log_softmax(wanted));
+    wanted.iter().zip(found).map(|(wanted, found)| wanted.exp() * (wanted - found)).sum()
+}
+
+/// The mean divergence of a model with experts whose activations are rounded: a router near a tie picks another expert then, which is
+/// no mistake, and changes logits by more than any rounding. See `goldens/README.md`, as for the margin, in logits, of a greedy token, and
+/// for one miss in twenty.
+const ROUTED_DIVERGENCE: f64 = 2e-2;
+const ROUTED_MARGIN: f32 = 0.5;
+
+/// What was found of a case whose routers may pick other experts.
+#[derive(Default)]
+struct Routed {
+    divergence: f64,
+    rows: u32,
+    misses: u32,
+    steps: u32,
+}
+
 struct Case {
     folder: PathBuf,
     bounds: Bounds,
@@ -57,6 +83,8 @@ struct Case {
     prompts: Vec<Prompt>,
     /// `[L + 1, T, E]` of the first prompt.
     hidden_states: Vec<f32>,
+    /// If it has experts and activations are rounded: it is judged as a whole, when it is dropped.
+    routed: Option<RefCell<Routed>>,
 }
 
 #[derive(Clone)]
@@ -104,7 +132,13 @@ impl Case {
             .collect::<Vec<_>>();
         assert!(!prompts.is_empty(), "{} has no prompts", folder.display());
         let hidden_states = floats("prompt_0_hidden_states");
-        Self { scale, prompts, hidden_states, folder, bounds, max_context: None, worst: Cell::new(0.0) }
+        let (max_context, worst) = (None, Cell::new(0.0));
+        let mut case = Self { scale, prompts, hidden_states, folder, bounds, max_context, worst, routed: None };
+        if case.bounds.logits > F32.logits && case.spec().experts.is_some() {
+            case.routed = Some(RefCell::default());
+            case.hidden_states.clear();
+        }
+        case
     }
 
     /// Two cases where the reference decides by the length of a sequence: one for the prompts within the training context, and one
@@ -156,6 +190,13 @@ impl Case {
 
     #[track_caller]
     fn assert_close(&self, found: &[f32], wanted: &[f32], what: &str) {
+        if let Some(routed) = &self.routed {
+            assert_eq!(found.len(), wanted.len(), "{}: {what}", self.name());
+            let mut routed = routed.borrow_mut();
+            routed.divergence += divergence(found, wanted);
+            routed.rows += 1;
+            return;
+        }
         self.assert_within(found, wanted, self.bounds.logits * self.scale, what);
     }
 
@@ -173,8 +214,15 @@ impl Case {
 
     #[track_caller]
     fn assert_greedy(&self, prompt: &Prompt, step: usize, logits: &[f32]) {
-        if prompt.greedy_margins[step] > self.bounds.margin * self.scale {
+        let margin = if self.routed.is_some() { ROUTED_MARGIN } else { self.bounds.margin * self.scale };
+        if prompt.greedy_margins[step] > margin {
             let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+            if let Some(routed) = &self.routed {
+                let mut routed = routed.borrow_mut();
+                routed.steps += 1;
+                routed.misses += u32::from(best as u32 != prompt.greedy_ids[step]);
+                return;
+            }
             assert_eq!(best as u32, prompt.greedy_ids[step], "{}: greedy token {step}", self.name());
         }
     }
@@ -182,6 +230,16 @@ impl Case {
 
 impl Drop for Case {
     fn drop(&mut self) {
+        if let Some(routed) = self.routed.take().map(RefCell::into_inner)
+            && !std::thread::panicking()
+        {
+            let Routed { divergence, rows, misses, steps } = routed;
+            let mean = divergence / f64::from(rows.max(1));
+            eprintln!("{}: a mean divergence of {mean:.1e}, {misses} of {steps} greedy tokens missed", self.name());
+            assert!(mean <= ROUTED_DIVERGENCE, "{}: a mean divergence of {mean}", self.name());
+            assert!(20 * misses <= steps, "{}: {misses} of {steps} greedy tokens missed", self.name());
+            return;
+        }
         eprintln!("{}: off by {:.0} % of the bound at most", self.name(), 100.0 * self.worst.get());
     }
 }
@@ -412,17 +470,6 @@ mod as_stored {
         ("gptq-8bit-g32", "gptq 8-bit g32 → a16w8-g32, as stored (8 matrices)"),
         ("gpt-oss-mxfp4", "mxfp4 → a16w8-g32, as stored (16 matrices)"),
     ];
-
-    /// The divergence of what was found from what was wanted, in nats.
-    fn divergence(found: &[f32], wanted: &[f32]) -> f64 {
-        let log_softmax = |logits: &[f32]| -> Vec<f64> {
-            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
-            logits.iter().map(|x| f64::from(x - largest) - sum.ln()).collect()
-        };
-        let (found, wanted) = (log_softmax(found), log_softmax(wanted));
-        wanted.iter().zip(found).map(|(wanted, found)| wanted.exp() * (wanted - found)).sum()
-    }
 
     /// Bounds of a path whose weights are quantized: see `goldens/README.md`. In logits, not in parts of the largest.
     fn check(isa: Isa) {
