@@ -112,21 +112,39 @@ fn every_golden_stays_near_its_reference_in_every_scheme() {
     if on_gpu() {
         return;
     }
-    let mut worst = vec![0.0f32; Scheme::ALL.len()];
+    let mut worst = vec![[0.0f32; 2]; Scheme::ALL.len()];
     for folder in golden_folders() {
         let prompts = Expected::read(&folder).prompts("logits");
+        // An engine for the whole context of a model with LongRoPE has the frequencies of long prompts.
+        let prompt = if folder.ends_with("phi3-longrope") { prompts.last() } else { prompts.first() }.unwrap();
+        let routed = fs::read_to_string(folder.join("config.json")).unwrap().contains("experts");
         for (scheme, worst) in Scheme::ALL.into_iter().zip(&mut worst) {
             let engine = load(Engine::load(&folder).quantize(whole(scheme)).kv_cache_bytes(64 << 20));
-            let prompt = &prompts[0];
             let found = engine.blocking().prompt_logits(&prompt.ids[..]).unwrap();
-            let scale = prompt.logits.iter().fold(0.0, |scale: f32, logit| scale.max(logit.abs()));
-            let error = max_abs_diff(found.values(), &prompt.logits) / scale;
-            *worst = worst.max(error);
-            assert!(error <= bound(scheme), "{} {scheme}: off by {error} of the largest logit", folder.display());
+            let vocab = prompt.logits.len() / prompt.ids.len();
+            let error = if routed {
+                let rows = found.rows().zip(prompt.logits.chunks_exact(vocab));
+                rows.map(|(found, wanted)| divergence(wanted, found)).sum::<f64>() as f32 / prompt.ids.len() as f32
+            } else {
+                let scale = prompt.logits.iter().fold(0.0, |scale: f32, logit| scale.max(logit.abs()));
+                max_abs_diff(found.values(), &prompt.logits) / scale
+            };
+            worst[usize::from(routed)] = worst[usize::from(routed)].max(error);
+            let bound = if routed { routed_bound(scheme) } else { bound(scheme) };
+            assert!(error <= bound, "{} {scheme}: off by {error}, the bound is {bound}", folder.display());
         }
     }
-    for (scheme, worst) in Scheme::ALL.iter().zip(worst) {
-        eprintln!("{scheme}: {worst:.4} of the largest logit");
+    for (scheme, [dense, routed]) in Scheme::ALL.iter().zip(worst) {
+        eprintln!("{scheme}: {dense:.4} of the largest logit; with experts a mean divergence of {routed:.4}");
+    }
+}
+
+/// The mean divergence of a model with experts, whose routers pick others where weights are rounded: a logit may be off by anything then.
+fn routed_bound(scheme: Scheme) -> f32 {
+    match scheme {
+        Scheme::A16W8 { .. } => 0.08,
+        Scheme::A8W8 => 0.15,
+        _ => 1.6,
     }
 }
 
