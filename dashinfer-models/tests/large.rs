@@ -11,7 +11,7 @@ use std::{
 
 use dashinfer_kernels::{CacheType, DType, cpu::packed_bytes};
 use dashinfer_models::{
-    Checkpoint, FAMILIES, HfConfig, MemoryEstimate, Quantization, StepLimits, WeightSource, WeightsError,
+    Checkpoint, FAMILIES, HfConfig, MemoryEstimate, ModelSpec, Quantization, StepLimits, WeightsError,
 };
 
 const LAYERS: usize = 61;
@@ -21,34 +21,49 @@ const VOCAB: usize = 129_280;
 /// As many as are published.
 const SHARDS: usize = 163;
 
-/// Name, shape, and whether it is in f32.
-type Tensor = (String, Vec<usize>, bool);
+/// Name, shape and type.
+type Tensor = (String, Vec<usize>, &'static str);
 
-/// The tensors of DeepSeek-V3 as they are published, in bf16.
-fn tensors() -> Vec<Tensor> {
+/// The tensors of DeepSeek-V3 as they are published, with matrices in FP8 and a scale for each block of 128 by 128; or all in bf16.
+fn tensors(fp8: bool) -> Vec<Tensor> {
     let mut tensors: Vec<Tensor> = vec![
-        ("model.embed_tokens.weight".into(), vec![VOCAB, HIDDEN], false),
-        ("model.norm.weight".into(), vec![HIDDEN], false),
-        ("lm_head.weight".into(), vec![VOCAB, HIDDEN], false),
+        ("model.embed_tokens.weight".into(), vec![VOCAB, HIDDEN], "BF16"),
+        ("model.norm.weight".into(), vec![HIDDEN], "BF16"),
+        ("lm_head.weight".into(), vec![VOCAB, HIDDEN], "BF16"),
     ];
     // The one behind the last predicts a token further ahead.
     for layer in 0..=LAYERS {
-        let mut add = |name: &str, shape: &[usize]| {
-            tensors.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec(), false));
+        let mut plain = |name: &str, shape: &[usize]| {
+            tensors.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec(), "BF16"));
         };
-        add("input_layernorm", &[HIDDEN]);
-        add("self_attn.q_a_proj", &[1536, HIDDEN]);
-        add("self_attn.q_a_layernorm", &[1536]);
-        add("self_attn.q_b_proj", &[128 * 192, 1536]);
-        add("self_attn.kv_a_proj_with_mqa", &[576, HIDDEN]);
-        add("self_attn.kv_a_layernorm", &[512]);
-        add("self_attn.kv_b_proj", &[128 * 256, 512]);
-        add("self_attn.o_proj", &[HIDDEN, 128 * 128]);
-        add("post_attention_layernorm", &[HIDDEN]);
+        plain("input_layernorm", &[HIDDEN]);
+        plain("self_attn.q_a_layernorm", &[1536]);
+        plain("self_attn.kv_a_layernorm", &[512]);
+        plain("post_attention_layernorm", &[HIDDEN]);
+        if layer >= 3 {
+            plain("mlp.gate", &[EXPERTS, HIDDEN]);
+        }
+        if layer == LAYERS {
+            plain("eh_proj", &[HIDDEN, 2 * HIDDEN]);
+            ["enorm", "hnorm", "shared_head.norm"].into_iter().for_each(|name| plain(name, &[HIDDEN]));
+            ["embed_tokens", "shared_head.head"].into_iter().for_each(|name| plain(name, &[VOCAB, HIDDEN]));
+        }
+        let mut matrix = |name: &str, rows: usize, cols: usize| {
+            let name = format!("model.layers.{layer}.{name}.weight");
+            if fp8 {
+                tensors.push((format!("{name}_scale_inv"), vec![rows.div_ceil(128), cols.div_ceil(128)], "F32"));
+            }
+            tensors.push((name, vec![rows, cols], if fp8 { "F8_E4M3" } else { "BF16" }));
+        };
+        matrix("self_attn.q_a_proj", 1536, HIDDEN);
+        matrix("self_attn.q_b_proj", 128 * 192, 1536);
+        matrix("self_attn.kv_a_proj_with_mqa", 576, HIDDEN);
+        matrix("self_attn.kv_b_proj", 128 * 256, 512);
+        matrix("self_attn.o_proj", HIDDEN, 128 * 128);
         let mut mlp = |module: &str, size: usize| {
-            add(&format!("{module}.gate_proj"), &[size, HIDDEN]);
-            add(&format!("{module}.up_proj"), &[size, HIDDEN]);
-            add(&format!("{module}.down_proj"), &[HIDDEN, size]);
+            matrix(&format!("{module}.gate_proj"), size, HIDDEN);
+            matrix(&format!("{module}.up_proj"), size, HIDDEN);
+            matrix(&format!("{module}.down_proj"), HIDDEN, size);
         };
         if layer < 3 {
             mlp("mlp", 18432);
@@ -56,13 +71,7 @@ fn tensors() -> Vec<Tensor> {
         }
         (0..EXPERTS).for_each(|expert| mlp(&format!("mlp.experts.{expert}"), 2048));
         mlp("mlp.shared_experts", 2048);
-        add("mlp.gate", &[EXPERTS, HIDDEN]);
-        if layer == LAYERS {
-            add("eh_proj", &[HIDDEN, 2 * HIDDEN]);
-            ["enorm", "hnorm", "shared_head.norm"].into_iter().for_each(|name| add(name, &[HIDDEN]));
-            ["embed_tokens", "shared_head.head"].into_iter().for_each(|name| add(name, &[VOCAB, HIDDEN]));
-        }
-        tensors.push((format!("model.layers.{layer}.mlp.gate.e_score_correction_bias"), vec![EXPERTS], true));
+        tensors.push((format!("model.layers.{layer}.mlp.gate.e_score_correction_bias"), vec![EXPERTS], "F32"));
     }
     tensors
 }
@@ -73,8 +82,12 @@ fn write(folder: &Path, tensors: &[Tensor]) {
     for (number, shard) in tensors.chunks(tensors.len().div_ceil(SHARDS)).enumerate() {
         let name = format!("model-{:05}-of-{SHARDS:06}.safetensors", number + 1);
         let (mut header, mut end) = (String::from("{"), 0_u64);
-        for (tensor, shape, in_f32) in shard {
-            let (dtype, size) = if *in_f32 { ("F32", 4) } else { ("BF16", 2) };
+        for (tensor, shape, dtype) in shard {
+            let size = match *dtype {
+                "F32" => 4,
+                "BF16" => 2,
+                _ => 1,
+            };
             let start = end;
             end += shape.iter().product::<usize>() as u64 * size;
             let comma = if start == 0 { "" } else { "," };
@@ -110,44 +123,56 @@ fn resident_bytes() -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
+fn spec(more: &str) -> ModelSpec {
+    let family = FAMILIES.iter().find(|family| family.architecture == "DeepseekV3ForCausalLM").unwrap();
+    let more = format!(r#"{{"architectures": ["DeepseekV3ForCausalLM"], {more}"#);
+    HfConfig::parse(&family.example.config.replacen('{', &more, 1)).unwrap().to_spec().unwrap()
+}
+
+fn estimate(spec: &ModelSpec, folder: &Path) -> Result<MemoryEstimate, WeightsError> {
+    let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let as_stored = Quantization::AS_STORED;
+    MemoryEstimate::new(spec, &checkpoint, DType::F32, CacheType::BF16, limits, as_stored, &packed_bytes)
+}
+
 #[cfg(target_pointer_width = "64")] // more than a terabyte is mapped
 #[test]
 fn a_checkpoint_of_671_billion_parameters_is_opened_and_estimated_from_its_headers() {
     let folder = Folder(std::env::temp_dir().join(format!("dashinfer-large-{}", std::process::id())));
     fs::create_dir_all(&folder.0).unwrap();
-    let tensors = tensors();
-    write(&folder.0, &tensors);
-    let before = resident_bytes();
-
-    let family = FAMILIES.iter().find(|family| family.architecture == "DeepseekV3ForCausalLM").unwrap();
-    let config = family.example.config.replacen('{', r#"{"architectures": ["DeepseekV3ForCausalLM"], "#, 1);
-    let spec = HfConfig::parse(&config).unwrap().to_spec().unwrap();
-    let checkpoint = Checkpoint::open(&folder.0).unwrap();
-    assert_eq!(checkpoint.names().len(), tensors.len());
-    let limits = StepLimits { max_tokens: 512, max_logit_rows: 8 };
-    let estimate = |source: &dyn WeightSource| {
-        let none = Quantization::NONE;
-        MemoryEstimate::new(&spec, source, DType::F32, CacheType::BF16, limits, none, &packed_bytes)
+    let kept_in_memory = |tensors: &[Tensor], spec: &ModelSpec| {
+        write(&folder.0, tensors);
+        let before = resident_bytes();
+        let found = estimate(spec, &folder.0).unwrap();
+        if let (Some(before), Some(after)) = (before, resident_bytes()) {
+            let taken = after.saturating_sub(before);
+            assert!(taken < 512 << 20, "{} MiB for {} names", taken >> 20, tensors.len());
+        }
+        found
     };
-    let found = estimate(&checkpoint).unwrap();
-    if let (Some(before), Some(after)) = (before, resident_bytes()) {
-        let taken = after.saturating_sub(before);
-        assert!(taken < 256 << 20, "{} MiB for some {} names", taken >> 20, tensors.len());
-    }
 
-    // As published: 671 billion parameters without the layer for prediction, all of them in two bytes but for norms and corrections.
-    let parameters = spec.num_parameters();
+    // As published: 671 billion parameters without the layer for prediction. In bf16, all in two bytes but for norms and corrections.
+    let bf16 = spec("");
+    let parameters = bf16.num_parameters();
     assert_eq!(parameters, 671_026_419_200);
+    let found = kept_in_memory(&tensors(false), &bf16);
     let in_f32 = (LAYERS * (2 * HIDDEN + 1536 + 512) + HIDDEN + 58 * EXPERTS) as u64;
     assert_eq!(found.weight_bytes, 2 * (parameters + in_f32));
     assert_eq!(found.kv_bytes_per_token, 61 * 576 * 2);
 
-    // Less one tensor it is none.
+    // In FP8, matrices take 8.5 bits; the embedding, the head, routers, and what is between heads and latent vectors take more.
+    let quantized = r#""quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128]}, "#;
+    let (quantized, mut published) = (spec(quantized), tensors(true));
+    let found = kept_in_memory(&published, &quantized);
+    assert!((parameters * 17 / 16..parameters * 35 / 32).contains(&found.weight_bytes), "{found:?}");
+
+    // Less one tensor there is none.
     let missing = "model.layers.60.mlp.experts.255.down_proj.weight";
-    let rest: Vec<_> = tensors.into_iter().filter(|tensor| tensor.0 != missing).collect();
-    drop(checkpoint);
-    write(&folder.0, &rest);
-    match estimate(&Checkpoint::open(&folder.0).unwrap()) {
+    published.retain(|tensor| tensor.0 != missing);
+    write(&folder.0, &published);
+    match estimate(&quantized, &folder.0) {
         Err(WeightsError::Missing { name, more: 0, .. }) => assert_eq!(name, missing),
         other => panic!("{other:?}"),
     }
