@@ -346,7 +346,8 @@ impl Feature {
             | Self::LogitSoftCap
             | Self::ClampedSwiglu
             | Self::Experts
-            | Self::LatentAttention => false,
+            | Self::LatentAttention
+            | Self::StoredQuantization => false,
         }
     }
 }
