@@ -8,6 +8,7 @@
 //! which AVX2, AVX-512 VNNI, AMX and Arm's dot products eat without moving a byte.
 
 pub(crate) mod activations;
+mod compensation;
 pub(crate) mod int4;
 pub(crate) mod int8;
 mod scheme;
@@ -15,6 +16,7 @@ pub(crate) mod stored;
 
 use half::f16;
 
+pub use compensation::{CompensatedCodes, ForEach, InputSums, can_compensate, compensate};
 pub(crate) use scheme::{ActivationBits, WeightBits};
 pub use scheme::{Group, Scheme, UnknownScheme};
 pub use stored::{CodeBits, CodeLayout, GroupedCodes, StoredMatrix};
