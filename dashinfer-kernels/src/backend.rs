@@ -8,7 +8,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::error::check;
-use crate::{CacheType, DType, KernelError, Routing, SampleRow, Sampled, Scheme, SharedBytes, StoredMatrix};
+use crate::{CacheType, DType, InputSums, KernelError, Routing, SampleRow, Sampled, Scheme, SharedBytes, StoredMatrix};
 
 /// A weight matrix as a checkpoint stores it: rows `[rows, cols]` of `dtype`, little-endian, not necessarily aligned.
 #[derive(Debug, Clone, Copy)]
@@ -443,6 +443,24 @@ pub trait Backend: Send + 'static {
     ) -> Result<Self::Linear, KernelError> {
         let what = Feature::StoredQuantization.to_string();
         Err(KernelError::Unsupported { op: "pack", what, backend: self.name() })
+    }
+
+    /// The weights of a packed matrix, `[rows, cols]`, in the order of its input features.
+    ///
+    /// # Errors
+    /// [`KernelError::Unsupported`] from a backend that cannot give them back.
+    fn weights(&self, _matrix: &Self::Linear) -> Result<Vec<f32>, KernelError> {
+        let what = "reading packed weights".to_owned();
+        Err(KernelError::Unsupported { op: "weights", what, backend: self.name() })
+    }
+
+    /// What the rows of `inputs` are, beside those of `exact`, which they should be; both `[T, K]`.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`]; [`KernelError::Unsupported`] from a backend that has no use for them.
+    fn input_sums(&self, _exact: &Self::Tensor, _inputs: &Self::Tensor) -> Result<InputSums, KernelError> {
+        let what = "sums of the inputs of a matrix".to_owned();
+        Err(KernelError::Unsupported { op: "input_sums", what, backend: self.name() })
     }
 
     /// Bytes of device memory that a packed `[rows, cols]` matrix takes, of `dtype` or quantized.

@@ -73,11 +73,27 @@ impl<B: Backend> Decoder<B> {
             let (what, backend) = (feature.to_string(), backend.name());
             return Err(KernelError::Unsupported { op: "load", what, backend }.into());
         }
-        let loaded = loader::load(&backend, &spec, source, quantization, cache, on_progress)?;
+        let (backend, loaded) = loader::load(backend, &spec, source, quantization, cache, on_progress)?;
         let Loaded { weights, weights_from, conversions } = loaded;
+        Ok(Self { weights_from, conversions, ..Self::with_weights(backend, spec, weights, limits)? })
+    }
+
+    /// A decoder with weights that are packed.
+    pub(crate) fn with_weights(
+        backend: B,
+        spec: ModelSpec,
+        weights: Packed<B>,
+        limits: StepLimits,
+    ) -> Result<Self, KernelError> {
         let activations = Activations::new(&backend, &spec, limits)?;
         let ropes = spec.ropes.iter().map(|rope| rope.rope(spec.max_positions)).collect();
+        let (weights_from, conversions) = (WeightsFrom::Source, Vec::new());
         Ok(Self { backend, spec, ropes, weights, activations, limits, num_logit_rows: 0, weights_from, conversions })
+    }
+
+    /// What [`with_weights`](Self::with_weights) took.
+    pub(crate) fn into_parts(self) -> (B, Packed<B>) {
+        (self.backend, self.weights)
     }
 
     /// What the model is.

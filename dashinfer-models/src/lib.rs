@@ -25,6 +25,7 @@
 mod activations;
 mod batch;
 mod checkpoint;
+mod compensation;
 mod config;
 mod decoder;
 mod dialect;

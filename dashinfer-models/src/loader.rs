@@ -1,12 +1,13 @@
 //! From named tensors to packed weights: first the proof that they are this model's, then packing, one matrix at a time.
 
-use std::{borrow::Cow, collections::HashSet};
+use std::{borrow::Cow, collections::HashSet, vec};
 
 use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, StoredMatrix, cpu::to_bytes, to_f32};
 
 use crate::{
     CacheFault, Conversion, LoadError, ModelSpec, Quantization, StoredQuantization, StoredType, WeightCache,
     WeightSource, WeightsError, WeightsFrom,
+    compensation::{self, TwinBackend},
     formats::{self, HeadsForm, MatrixForm},
     weight_cache::{StoredWeights, Writer},
     weights::{Fill, LinearPlan, Packed, Part, Plan, Stacked, StoredHeads, VectorPlan},
@@ -39,36 +40,72 @@ pub(crate) struct Loaded<B: Backend> {
 /// Nothing is packed unless all of `source` fits: a wrong checkpoint fails at once, not after the last gigabyte. Memory
 /// stays near the packed size: a tensor is given back to its source as soon as it is packed.
 pub(crate) fn load<B: Backend>(
-    backend: &B,
+    backend: B,
     spec: &ModelSpec,
     source: &mut dyn WeightSource,
     quantization: Quantization,
     cache: Option<&WeightCache>,
     on_progress: &mut dyn FnMut(LoadProgress),
-) -> Result<Loaded<B>, LoadError> {
+) -> Result<(B, Loaded<B>), LoadError> {
     let (plan, stored) = (Plan::new(spec), spec.stored_quantization.as_ref());
+    if quantization.is_compensated() {
+        compensation::check(&backend, spec, quantization)?;
+    }
     let progress = prove(spec, &plan, source)?;
+    let all = LoadProgress { tensors_done: progress.tensors_total, bytes_done: progress.bytes_total, ..progress };
     let conversions = formats::conversions(&plan, source, stored, quantization)?;
-    let Some(file) = cache.and_then(|cache| cache.file(backend, &plan, source, stored, quantization)) else {
-        let mut loader = Loader { backend, source, stored, quantization, writer: None, progress, on_progress };
-        let weights = plan.fill(&mut loader)?;
-        return Ok(Loaded { weights, weights_from: WeightsFrom::Source, conversions });
-    };
-    let kept = StoredWeights::open(&file, backend);
-    let replaced = match kept.and_then(|kept| kept.map(|k| take(&plan, k, source, stored, quantization)).transpose()) {
-        Ok(Some(weights)) => {
-            let (tensors_done, bytes_done) = (progress.tensors_total, progress.bytes_total);
-            on_progress(LoadProgress { tensors_done, bytes_done, ..progress });
-            return Ok(Loaded { weights, weights_from: WeightsFrom::Cache, conversions });
+    let (mut writer, mut replaced) = (None, None);
+    if let Some(file) = cache.and_then(|cache| cache.file(&backend, &plan, source, stored, quantization)) {
+        let kept = StoredWeights::open(&file, &backend);
+        match kept.and_then(|kept| kept.map(|k| take(&plan, k, source, stored, quantization)).transpose()) {
+            Ok(Some(weights)) => {
+                on_progress(all);
+                return Ok((backend, Loaded { weights, weights_from: WeightsFrom::Cache, conversions }));
+            }
+            Ok(None) => {}
+            Err(fault) => replaced = Some(fault),
         }
-        Ok(None) => None,
-        Err(fault) => Some(fault),
+        writer = Some(file.writer()?);
+    }
+    let (backend, ready) = if quantization.is_compensated() {
+        compensate(backend, spec, &plan, source, quantization, progress, on_progress)?
+    } else {
+        (backend, Vec::new())
     };
-    let writer = Some(file.writer()?);
-    let mut loader = Loader { backend, source, stored, quantization, writer, progress, on_progress };
+    let mut silent = |_| ();
+    let report = if ready.is_empty() { &mut *on_progress } else { &mut silent };
+    let ready = ready.into_iter();
+    let mut loader =
+        Loader { backend: &backend, source, stored, quantization, ready, writer, progress, on_progress: report };
     let weights = plan.fill(&mut loader)?;
     let weights_from = loader.writer.map_or(WeightsFrom::Source, |writer| writer.finish(replaced));
-    Ok(Loaded { weights, weights_from, conversions })
+    if quantization.is_compensated() {
+        on_progress(all);
+    }
+    Ok((backend, Loaded { weights, weights_from, conversions }))
+}
+
+/// Packs all matrices of a plan with codes that make up for each other's errors; in the order in which a plan is filled. That takes
+/// all weights as they are stored at once.
+fn compensate<B: Backend>(
+    backend: B,
+    spec: &ModelSpec,
+    plan: &Plan,
+    source: &mut dyn WeightSource,
+    quantization: Quantization,
+    progress: LoadProgress,
+    on_progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(B, Vec<B::Linear>), LoadError> {
+    let twin = TwinBackend::new(backend);
+    let (ready, stored, writer) = (Vec::new().into_iter(), None, None);
+    let mut loader =
+        Loader { backend: &twin, source, stored, quantization, ready, writer, progress, on_progress: &mut |_| () };
+    let weights = plan.fill(&mut loader)?;
+    compensation::quantize(twin, spec, weights, &mut |layer, num_layers| {
+        let part = |all: u64| (u128::from(all) * layer as u128 / num_layers.max(1) as u128) as u64;
+        let (tensors_done, bytes_done) = (part(progress.tensors_total as u64) as usize, part(progress.bytes_total));
+        on_progress(LoadProgress { tensors_done, bytes_done, ..progress });
+    })
 }
 
 /// Takes all weights of a plan from a file.
@@ -176,11 +213,13 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Taker<'_, B> {
 }
 
 /// Packs what a proven source holds.
-struct Loader<'a, B> {
+struct Loader<'a, B: Backend> {
     backend: &'a B,
     source: &'a mut dyn WeightSource,
     stored: Option<&'a StoredQuantization>,
     quantization: Quantization,
+    /// Matrices that are packed already, the next ones of the plan.
+    ready: vec::IntoIter<B::Linear>,
     /// Stores what was packed.
     writer: Option<Writer>,
     progress: LoadProgress,
@@ -227,7 +266,7 @@ impl Tensor<'_> {
     }
 }
 
-impl<B> Loader<'_, B> {
+impl<B: Backend> Loader<'_, B> {
     /// The proof has found each tensor with the shape that is asked for here.
     fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, WeightsError> {
         let missing = || WeightsError::Missing { name: name.to_owned(), shape: shape.to_vec(), more: 0 };
@@ -264,7 +303,10 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
     fn linear(&mut self, plan: &LinearPlan) -> Result<B::Linear, LoadError> {
         let form = MatrixForm::new(plan, &*self.source, self.stored, self.quantization)?;
         let (mut names, bias) = (Vec::new(), self.bias(plan)?);
-        let packed = if form.is_stored() {
+        let packed = if let Some(packed) = self.ready.next() {
+            names.extend(plan.parts.iter().map(Part::weight));
+            packed
+        } else if form.is_stored() {
             self.pack_stored(plan, &form, bias.as_deref(), &mut names)?
         } else {
             self.pack(plan, &form, bias.as_deref(), &mut names)?
@@ -459,7 +501,8 @@ pub(crate) mod tests {
         let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
         let (backend, on_progress) = (&backend, &mut |_| ());
         let progress = LoadProgress { tensors_done: 0, tensors_total: 0, bytes_done: 0, bytes_total: 0 };
-        let mut loader = Loader { backend, source, stored, quantization, writer: None, progress, on_progress };
+        let (ready, writer) = (Vec::new().into_iter(), None);
+        let mut loader = Loader { backend, source, stored, quantization, ready, writer, progress, on_progress };
         let heads = loader.heads(plan).unwrap();
         (heads, loader.progress.tensors_done, loader.progress.bytes_done)
     }
@@ -522,6 +565,7 @@ pub(crate) mod tests {
                     source: &mut source,
                     stored,
                     quantization,
+                    ready: Vec::new().into_iter(),
                     writer: None,
                     progress,
                     on_progress: &mut on_progress,

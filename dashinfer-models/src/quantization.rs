@@ -15,6 +15,7 @@ use crate::{ModelSpec, weights::Role};
 pub struct Quantization {
     layers: Choice,
     vocabulary: Choice,
+    compensated: bool,
 }
 
 /// What becomes of some weights.
@@ -39,10 +40,10 @@ impl Choice {
 
 impl Quantization {
     /// Every weight as it is stored, quantized or not.
-    pub const AS_STORED: Self = Self { layers: Choice::AsStored, vocabulary: Choice::AsStored };
+    pub const AS_STORED: Self = Self { layers: Choice::AsStored, vocabulary: Choice::AsStored, compensated: false };
 
     /// Every weight in floating point: as it is stored, or in f32 if it is stored quantized.
-    pub const NONE: Self = Self { layers: Choice::Dense, vocabulary: Choice::Dense };
+    pub const NONE: Self = Self { layers: Choice::Dense, vocabulary: Choice::Dense, compensated: false };
 
     /// All linear operators of the layers by `scheme`; the embedding and the head by it too if it has 8-bit weights, else by
     /// [`A16W8`](Scheme::A16W8) with groups of 32, since tokens that look alike differ by little there.
@@ -52,7 +53,7 @@ impl Quantization {
             Scheme::A16W4 { .. } | Scheme::A8W4 { .. } => Scheme::A16W8 { group: Some(Group::G32) },
             other => other,
         };
-        Self { layers: Choice::Scheme(scheme), vocabulary: Choice::Scheme(vocabulary) }
+        Self { layers: Choice::Scheme(scheme), vocabulary: Choice::Scheme(vocabulary), compensated: false }
     }
 
     /// The embedding and the head by `scheme` instead, or with `None` as they are stored.
@@ -63,6 +64,22 @@ impl Quantization {
             None => Choice::AsStored,
         };
         self
+    }
+
+    /// Codes of the layers' matrices that make up for each other's errors on text that the model writes itself, as in GPTQ
+    /// (<https://arxiv.org/abs/2210.17323>), instead of each weight's nearest: of 4-bit schemes, and models whose layers are dense.
+    /// Loading then takes the memory of the model as it is stored, that of a step of 32,768 tokens twice, and minutes or hours instead of seconds: keep the result in a
+    /// [weight cache](crate::WeightCache). `docs/quantization.md` says what it gains. Scheme, groups and speed are the same.
+    #[must_use]
+    pub const fn compensated(mut self) -> Self {
+        self.compensated = true;
+        self
+    }
+
+    /// Whether it is [`compensated`](Self::compensated).
+    #[must_use]
+    pub const fn is_compensated(&self) -> bool {
+        self.compensated
     }
 
     /// The scheme of the layers' linear operators, if it does not depend on how they are stored.
@@ -102,7 +119,7 @@ impl Quantization {
     }
 }
 
-/// `stored`, `none`, or the name of a [`Scheme`].
+/// `stored`, `none`, or the name of a [`Scheme`], with `+gptq` behind it if it is to be [`compensated`](Quantization::compensated).
 impl FromStr for Quantization {
     type Err = UnknownScheme;
 
@@ -110,7 +127,10 @@ impl FromStr for Quantization {
         match text {
             "stored" => Ok(Self::AS_STORED),
             "none" => Ok(Self::NONE),
-            scheme => scheme.parse().map(Self::new),
+            scheme => match scheme.strip_suffix("+gptq") {
+                Some(scheme) => scheme.parse().map(|scheme| Self::new(scheme).compensated()),
+                None => scheme.parse().map(Self::new),
+            },
         }
     }
 }
@@ -136,6 +156,8 @@ mod tests {
         assert_eq!(int4.layers_scheme(), Some(Scheme::A16W4 { group: Group::G128, zero_point: true }));
         assert_eq!(int4.vocabulary_scheme(), Some(Scheme::A16W8 { group }));
         assert_eq!(int4.vocabulary(None).vocabulary_scheme(), None);
-        assert!("int4".parse::<Quantization>().is_err());
+        assert!("int4".parse::<Quantization>().is_err() && "stored+gptq".parse::<Quantization>().is_err());
+        assert!(!int4.is_compensated());
+        assert_eq!(of("a16w4-g128-zp+gptq"), int4.compensated());
     }
 }

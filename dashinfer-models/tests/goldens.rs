@@ -56,17 +56,16 @@ fn divergence(found: &[f32], wanted: &[f32]) -> f64 {
     wanted.iter().zip(found).map(|(wanted, found)| wanted.exp() * (wanted - found)).sum()
 }
 
-/// The mean divergence of a model with experts whose activations are rounded: a router near a tie picks another expert then, which is
-/// no mistake, and changes logits by more than any rounding. See `goldens/README.md`, as for the margin, in logits, of a greedy token, and
-/// for one miss in twenty.
-const ROUTED_DIVERGENCE: f64 = 2e-2;
+/// The mean divergence of a model with experts whose activations are rounded, of all rows but one in forty: a router near a tie picks
+/// another expert then, which is no mistake, and that row is another by more than any rounding. The bound is that of `goldens/README.md` for
+/// dense models; so are the margin, in logits, of a greedy token, and one miss in twenty for models with experts.
+const ROUTED_DIVERGENCE: f64 = 5e-3;
 const ROUTED_MARGIN: f32 = 0.5;
 
 /// What was found of a case whose routers may pick other experts.
 #[derive(Default)]
 struct Routed {
-    divergence: f64,
-    rows: u32,
+    divergences: Vec<f64>,
     misses: u32,
     steps: u32,
 }
@@ -193,8 +192,7 @@ impl Case {
         if let Some(routed) = &self.routed {
             assert_eq!(found.len(), wanted.len(), "{}: {what}", self.name());
             let mut routed = routed.borrow_mut();
-            routed.divergence += divergence(found, wanted);
-            routed.rows += 1;
+            routed.divergences.push(divergence(found, wanted));
             return;
         }
         self.assert_within(found, wanted, self.bounds.logits * self.scale, what);
@@ -233,9 +231,15 @@ impl Drop for Case {
         if let Some(routed) = self.routed.take().map(RefCell::into_inner)
             && !std::thread::panicking()
         {
-            let Routed { divergence, rows, misses, steps } = routed;
-            let mean = divergence / f64::from(rows.max(1));
-            eprintln!("{}: a mean divergence of {mean:.1e}, {misses} of {steps} greedy tokens missed", self.name());
+            let Routed { mut divergences, misses, steps } = routed;
+            divergences.sort_by(f64::total_cmp);
+            let rows = divergences.len() - divergences.len() / 40;
+            let mean = divergences[..rows].iter().sum::<f64>() / rows.max(1) as f64;
+            let most = divergences.last().copied().unwrap_or(0.0);
+            let name = self.name();
+            eprintln!(
+                "{name}: a mean divergence of {mean:.1e}, {most:.1e} at most; {misses} of {steps} greedy tokens missed"
+            );
             assert!(mean <= ROUTED_DIVERGENCE, "{}: a mean divergence of {mean}", self.name());
             assert!(20 * misses <= steps, "{}: {misses} of {steps} greedy tokens missed", self.name());
             return;

@@ -33,7 +33,8 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
   --weights TYPE        f32, f16 or bf16; of a shape (default: bf16)
   --model FOLDER        a checkpoint instead of a shape
   --device NAME         cpu (default), cuda or cuda:N
-  --quantize SCHEME     quantizes weights: a16w8, a16w8-g32, a8w8, a16w4-g32, a16w4-g128-zp, a8w4-g32, .. (default: no)
+  --quantize SCHEME     quantizes weights: a16w8, a16w8-g32, a8w8, a16w4-g32, a16w4-g128-zp, a8w4-g32, ..,
+                        4-bit ones with +gptq behind them too (default: no)
   --quantize-vocabulary SCHEME
                         the embedding and the head by this one, or `none` (default: what --quantize makes of them)
   --weight-cache FOLDER keeps packed weights there, and finds them again; CPU only (default: none)
@@ -155,7 +156,7 @@ impl Options {
         if let [Some(_), Some(_)] = context {
             return wrong("--context and --decode-context are the same");
         }
-        let mut quantization = args.value::<Scheme>("--quantize")?.map_or(Quantization::AS_STORED, Quantization::new);
+        let mut quantization = args.value::<Quantization>("--quantize")?.unwrap_or(Quantization::AS_STORED);
         if let Some(Vocabulary(scheme)) = args.value("--quantize-vocabulary")? {
             quantization = quantization.vocabulary(scheme);
         }
@@ -531,7 +532,8 @@ mod tests {
         let check = |args: &str, expected: &str| assert_eq!(parse(args).unwrap_err(), expected);
         check("", "one of --shape and --model is wanted");
         check("--shape a --model b", "one of --shape and --model is wanted");
-        check("--shape gpt-2", "--shape gpt-2: known are qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b");
+        let known = shapes::names().collect::<Vec<_>>().join(", ");
+        check("--shape gpt-2", &format!("--shape gpt-2: known are {known}"));
         check("--model b --weights f16", "--weights is for a --shape; a --model has its own");
         check("--model b --device tpu", "--device tpu: known are auto, cpu, cuda and cuda:N");
         check("--model b --weights int3", "--weights int3: known are f32, f16 and bf16");

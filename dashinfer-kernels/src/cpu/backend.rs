@@ -6,6 +6,7 @@ use super::aligned::AlignedBuf;
 use super::attention::{self, AttentionRange, CpuKvCache, LatentScratch, LatentWork, Work};
 use super::experts::{self, CpuExpertScratch, CpuExperts};
 use super::gate::{Gate, GateRows};
+use super::input_sums;
 use super::isa::Isa;
 use super::linear::{self, PANEL, PackedMatrix, Product, SendPtr};
 use super::linear_bf16::{self, Rounded};
@@ -17,9 +18,9 @@ use super::rope::RopeTable;
 use crate::error::check;
 use crate::sample::{SampleScratch, sample_row};
 use crate::{
-    Activation, AttentionParams, Backend, DType, Feature, Issue, KernelError, KvCacheSpec, LatentHeads, LatentParams,
-    MatrixView, PackedShape, PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes, StepRows,
-    StoredMatrix, TensorUse,
+    Activation, AttentionParams, Backend, DType, Feature, InputSums, Issue, KernelError, KvCacheSpec, LatentHeads,
+    LatentParams, MatrixView, PackedShape, PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes,
+    StepRows, StoredMatrix, TensorUse,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -373,6 +374,20 @@ impl Backend for CpuBackend {
             None => CpuLinear::Dense(PackedMatrix::pack_stored(parts, bias, &self.pool)?),
             Some(scheme) => CpuLinear::Quantized(QuantizedMatrix::pack_stored(parts, bias, scheme, &self.pool)?),
         })
+    }
+
+    fn weights(&self, matrix: &CpuLinear) -> Result<Vec<f32>, KernelError> {
+        let (cols, mut weights) = (matrix.cols(), vec![0.0; matrix.rows() * matrix.cols()]);
+        let to = SendPtr(weights.as_mut_ptr());
+        Self::for_rows(&self.pool, matrix.rows(), cols, &|row| {
+            // SAFETY: there are as many rows of `cols` values, and each is written by one task.
+            matrix.read_row(row, unsafe { std::slice::from_raw_parts_mut(to.get().add(row * cols), cols) });
+        });
+        Ok(weights)
+    }
+
+    fn input_sums(&self, exact: &CpuTensor, inputs: &CpuTensor) -> Result<InputSums, KernelError> {
+        input_sums::sums(exact.values(), inputs.values(), inputs.cols, self.product, &self.pool)
     }
 
     fn packed_bytes(&self, rows: usize, cols: usize, dtype: DType, scheme: Option<Scheme>) -> usize {

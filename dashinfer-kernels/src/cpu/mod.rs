@@ -9,6 +9,7 @@ mod experts;
 mod gate;
 mod gated;
 mod gelu_mul;
+mod input_sums;
 mod isa;
 mod linear;
 mod linear_bf16;

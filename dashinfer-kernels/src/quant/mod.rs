@@ -8,6 +8,7 @@
 //! which AVX2, AVX-512 VNNI, AMX and Arm's dot products eat without moving a byte.
 
 pub(crate) mod activations;
+mod compensation;
 mod ggml;
 pub(crate) mod int4;
 pub(crate) mod int8;
@@ -16,6 +17,7 @@ pub(crate) mod stored;
 
 use half::f16;
 
+pub use compensation::{CompensatedCodes, ForEach, InputSums, can_compensate, compensate};
 pub use ggml::{BlockFormat, BlockMatrix};
 pub(crate) use scheme::{ActivationBits, WeightBits};
 pub use scheme::{Group, Scheme, UnknownScheme};

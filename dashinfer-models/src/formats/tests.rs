@@ -741,6 +741,6 @@ proptest! {
         }
         let backend = backend();
         let quantization = if dense { Quantization::NONE } else { Quantization::AS_STORED };
-        let _ = loader::load(&backend, &spec, &mut tensors, quantization, None, &mut |_| ());
+        let _ = loader::load(backend, &spec, &mut tensors, quantization, None, &mut |_| ());
     }
 }

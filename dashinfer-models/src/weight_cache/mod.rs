@@ -22,7 +22,7 @@ pub(crate) use read::StoredWeights;
 pub(crate) use write::Writer;
 
 use crate::{
-    LoadError, Quantization, StoredQuantization, WeightSource, formats,
+    LoadError, Quantization, StoredQuantization, WeightSource, compensation, formats,
     quantization::Choice,
     weights::{Plan, Role},
 };
@@ -155,6 +155,9 @@ fn key(
     };
     let (layers, vocabulary) = (name(Role::Layer), name(Role::Vocabulary));
     let mut key = format!("layout: {layout}\nlayers: {layers}\nvocabulary: {vocabulary}\n");
+    if quantization.is_compensated() {
+        let _ = writeln!(key, "compensated, version {}", compensation::VERSION);
+    }
     if let Some(stored) = stored {
         let _ = writeln!(key, "stored: {stored:?}"); // writing to a text does not fail
     }
