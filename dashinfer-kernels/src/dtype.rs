@@ -66,6 +66,28 @@ pub fn element(bytes: &[u8], dtype: DType, index: usize) -> f32 {
     }
 }
 
+/// Little-endian `bytes` of type `dtype` as `f32`, as many elements as fit `out`: loops that can be made of vectors, wherever they are inlined.
+#[inline(always)]
+pub(crate) fn widen(bytes: &[u8], dtype: DType, out: &mut [f32]) {
+    match dtype {
+        DType::F32 => {
+            for (out, value) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = f32::from_le_bytes(*value);
+            }
+        }
+        DType::F16 => {
+            for (out, value) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = f16::from_le_bytes(*value).to_f32();
+            }
+        }
+        DType::BF16 => {
+            for (out, value) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16::from_le_bytes(*value).to_f32();
+            }
+        }
+    }
+}
+
 /// All of little-endian `bytes` of type `dtype` as `f32`. Exact for every type.
 #[must_use]
 pub fn to_f32(bytes: &[u8], dtype: DType) -> Vec<f32> {

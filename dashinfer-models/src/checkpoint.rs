@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, btree_map::Entry},
     fs,
+    ops::Range,
     path::{Component, Path},
 };
 
@@ -12,6 +13,7 @@ use serde::Deserialize;
 use crate::{
     CheckpointError, TensorInfo, WeightSource,
     safetensors::{SafetensorsFile, Stored},
+    source::bytes_of_rows,
 };
 
 /// The tensors of a folder, mapped into memory: opening it reads the headers alone.
@@ -128,6 +130,14 @@ impl WeightSource for Checkpoint {
         self.files.iter().map(SafetensorsFile::identity).collect()
     }
 
+    fn done_with_rows(&self, name: &str, rows: Range<usize>) {
+        if let Some((number, stored)) = self.tensors.get(name)
+            && let Some(bytes) = bytes_of_rows(&stored.bytes, stored.info.shape.first().copied().unwrap_or(0), &rows)
+        {
+            self.files[*number].release(&bytes);
+        }
+    }
+
     fn release(&mut self, name: &str) {
         if let Some((number, stored)) = self.tensors.get(name) {
             self.files[*number].release(&stored.bytes);
@@ -176,6 +186,32 @@ mod tests {
         assert!(checkpoint.read("a").unwrap()[..] == values);
         checkpoint.release("a");
         assert!(checkpoint.read("a").unwrap()[..] == values);
+    }
+
+    #[test]
+    fn rows_that_were_done_with_read_the_same_while_others_are() {
+        const ROWS: usize = 1 << 10;
+        let folder = TestFolder::new();
+        let values: Vec<u8> = (0..ROWS << 9).map(|i| (i % 251) as u8).collect();
+        folder.write("model.safetensors", &file_of(&[("a", "U8", &[ROWS, 1 << 9], &values)]));
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let read = checkpoint.read("a").unwrap();
+        std::thread::scope(|scope| {
+            for first in [0, 100] {
+                let (checkpoint, read, values) = (&checkpoint, &read, &values);
+                scope.spawn(move || {
+                    for rows in (0..8).map(|i| first + 100 * i..first + 100 * (i + 2)) {
+                        assert!(read[..] == values[..]);
+                        checkpoint.done_with_rows("a", rows);
+                    }
+                });
+            }
+        });
+        for rows in [ROWS..ROWS + 1, ROWS..usize::MAX] {
+            checkpoint.done_with_rows("a", rows.clone());
+            checkpoint.done_with_rows("b", rows);
+        }
+        assert!(read[..] == values[..]);
     }
 
     #[test]

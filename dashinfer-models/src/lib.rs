@@ -41,6 +41,7 @@ mod mapped;
 mod names;
 mod quantization;
 mod random;
+mod receding;
 mod rope;
 mod safetensors;
 pub mod shapes;

@@ -2,13 +2,16 @@
 
 use std::{borrow::Cow, collections::HashSet, vec};
 
-use dashinfer_kernels::{Backend, DType, LatentHeads, MatrixView, PackedShape, StoredMatrix, cpu::to_bytes, to_f32};
+use dashinfer_kernels::{
+    Backend, DType, Feature, LatentHeads, MatrixView, PackedShape, StoredMatrix, cpu::to_bytes, to_f32,
+};
 
 use crate::{
     CacheFault, Conversion, LoadError, ModelSpec, Quantization, StoredQuantization, StoredType, WeightCache,
     WeightSource, WeightsError, WeightsFrom,
     compensation::{self, TwinBackend},
     formats::{self, HeadsForm, MatrixForm},
+    receding::{RUN_BYTES, Receding},
     weight_cache::{StoredWeights, Writer},
     weights::{Fill, LinearPlan, Packed, Part, Plan, Stacked, StoredHeads, VectorPlan},
 };
@@ -38,7 +41,8 @@ pub(crate) struct Loaded<B: Backend> {
 /// that was packed.
 ///
 /// Nothing is packed unless all of `source` fits: a wrong checkpoint fails at once, not after the last gigabyte. Memory
-/// stays near the packed size: a tensor is given back to its source as soon as it is packed.
+/// stays near the packed size: a tensor is given back to its source as soon as it is packed, and one that is quantized on the way behind
+/// those who read it, some megabytes at a time.
 pub(crate) fn load<B: Backend>(
     backend: B,
     spec: &ModelSpec,
@@ -306,7 +310,7 @@ impl<B: Backend> Fill<B::Linear, B::Vector, B::Experts> for Loader<'_, B> {
         let packed = if let Some(packed) = self.ready.next() {
             names.extend(plan.parts.iter().map(Part::weight));
             packed
-        } else if form.is_stored() {
+        } else if form.is_stored() || self.recedes(plan, &form) {
             self.pack_stored(plan, &form, bias.as_deref(), &mut names)?
         } else {
             self.pack(plan, &form, bias.as_deref(), &mut names)?
@@ -431,7 +435,16 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.backend.pack(&views, bias, form.scheme)?)
     }
 
-    /// Packs weights of which some, or all, are stored quantized; adds the names of their tensors to `names`.
+    /// Whether weights that are stored in floating point are quantized a few rows at a time, and given back behind: all but those of which a copy
+    /// is made first. The packed bytes are the same.
+    fn recedes(&self, plan: &LinearPlan, form: &MatrixForm) -> bool {
+        form.scheme.is_some()
+            && !plan.unit_rows
+            && plan.parts.iter().all(|part| part.stacked.is_none())
+            && self.backend.supports(Feature::StoredQuantization)
+    }
+
+    /// Packs weights of which some, or all, are stored quantized, or [recede](Self::recedes); adds the names of their tensors to `names`.
     fn pack_stored(
         &self,
         plan: &LinearPlan,
@@ -446,23 +459,28 @@ impl<B: Backend> Loader<'_, B> {
                 Some(_) => {}
                 None => {
                     names.extend(part.is_last().then(|| part.weight()));
-                    dense.push((part.rows, self.part(part, plan.cols)?));
+                    dense.push((part, self.part(part, plan.cols)?));
                 }
             }
         }
-        let mut views = Vec::with_capacity(dense.len());
-        for (rows, tensor) in &dense {
-            views.push(MatrixView { bytes: &tensor.bytes, dtype: tensor.dtype, rows: *rows, cols: plan.cols });
+        let mut dense_parts: Vec<Box<dyn StoredMatrix + '_>> = Vec::with_capacity(dense.len());
+        for (part, tensor) in &dense {
+            let view = MatrixView { bytes: &tensor.bytes, dtype: tensor.dtype, rows: part.rows, cols: plan.cols };
+            dense_parts.push(match &tensor.bytes {
+                Cow::Borrowed(_) => Box::new(Receding::new(view, &*self.source, part.weight(), RUN_BYTES)),
+                // A copy goes as a whole.
+                Cow::Owned(_) => Box::new(view),
+            });
         }
         let opened = form.parts.iter().flatten().map(|module| module.open(&*self.source));
         let opened = opened.collect::<Result<Vec<_>, _>>()?;
-        let (mut opened_parts, mut dense_parts) = (opened.iter(), views.iter());
+        let (mut opened_parts, mut dense_parts) = (opened.iter(), dense_parts.iter());
         let parts: Vec<&dyn StoredMatrix> = form
             .parts
             .iter()
             .filter_map(|part| match part {
                 Some(_) => opened_parts.next().map(|part| &**part),
-                None => dense_parts.next().map(|part| part as &dyn StoredMatrix),
+                None => dense_parts.next().map(|part| &**part),
             })
             .collect();
         Ok(self.backend.pack_stored(&parts, bias, form.scheme)?)

@@ -62,18 +62,19 @@ impl MappedFile {
 
     /// Takes the whole pages of a range of the file out of resident memory; touching them again maps them again.
     #[cfg(unix)]
-    pub(crate) fn release(&mut self, bytes: &Range<usize>) {
+    pub(crate) fn release(&self, bytes: &Range<usize>) {
         const PAGE: usize = 1 << 16; // a multiple of every page size in use
         let start = bytes.start.next_multiple_of(PAGE);
         let end = bytes.end.min(self.map.len()) / PAGE * PAGE;
         if start < end {
-            // SAFETY: `&mut self` proves that nobody borrows from the map, and the pages are clean ones of a read-only
-            // file mapping: they are read again from the file when touched. The range lies inside the map.
+            // SAFETY: the pages are clean ones of a shared, read-only mapping of a file that nobody changes while it is open, so they
+            // are read again from it, the same, when they are touched: whoever borrows from the map, on any thread, sees no
+            // difference. The range lies inside the map.
             // A refusal changes nothing but memory use, so the result is of no interest.
             let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
         }
     }
 
     #[cfg(not(unix))]
-    pub(crate) fn release(&mut self, _bytes: &Range<usize>) {}
+    pub(crate) fn release(&self, _bytes: &Range<usize>) {}
 }

@@ -20,7 +20,8 @@ const TABLE: usize = 1 << 12;
 const RUN: usize = 1 << 20;
 
 /// A source of weights which are made when they are read: normal-ish with a deviation of 0.02, norms near 1. The same seed
-/// gives the same weights, rounded to the type in question.
+/// gives the same weights, rounded to the type in question. A tensor is made whole whenever it is read: beside what is packed, the largest one
+/// is in memory while a model is loaded.
 #[derive(Debug, Clone)]
 pub struct RandomWeights {
     shapes: BTreeMap<String, Vec<usize>>,

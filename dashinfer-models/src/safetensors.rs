@@ -51,7 +51,7 @@ impl SafetensorsFile {
         &self.file.bytes()[tensor.bytes.clone()]
     }
 
-    pub(crate) fn release(&mut self, bytes: &Range<usize>) {
+    pub(crate) fn release(&self, bytes: &Range<usize>) {
         self.file.release(bytes);
     }
 }

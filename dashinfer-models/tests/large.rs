@@ -1,4 +1,5 @@
-//! A checkpoint of the largest published size, 671 billion parameters in sparse files: opened, proved and estimated from its headers.
+//! Checkpoints of published sizes in sparse files: one of 671 billion parameters, opened, proved and estimated from its headers, and one
+//! of 7 billion, quantized while it is loaded.
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 use std::{
@@ -9,9 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dashinfer_kernels::{CacheType, DType, cpu::packed_bytes};
+use dashinfer_kernels::{
+    CacheType, DType, Group, Scheme,
+    cpu::{CpuBackend, CpuConfig, packed_bytes},
+};
 use dashinfer_models::{
-    Checkpoint, FAMILIES, HfConfig, MemoryEstimate, ModelSpec, Quantization, StepLimits, WeightsError,
+    Checkpoint, Decoder, FAMILIES, HfConfig, MemoryEstimate, ModelSpec, Quantization, RandomWeights, StepLimits,
+    WeightSource, WeightsError, shapes,
 };
 
 const LAYERS: usize = 61;
@@ -110,6 +115,14 @@ fn write(folder: &Path, tensors: &[Tensor]) {
 
 struct Folder(PathBuf);
 
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("dashinfer-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
@@ -118,8 +131,17 @@ impl Drop for Folder {
 
 /// Bytes of this process in memory, where the system tells.
 fn resident_bytes() -> Option<u64> {
+    status_bytes("VmRSS:")
+}
+
+/// The most that they ever were.
+fn peak_bytes() -> Option<u64> {
+    status_bytes("VmHWM:")
+}
+
+fn status_bytes(key: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
@@ -139,8 +161,7 @@ fn estimate(spec: &ModelSpec, folder: &Path) -> Result<MemoryEstimate, WeightsEr
 #[cfg(target_pointer_width = "64")] // more than a terabyte is mapped
 #[test]
 fn a_checkpoint_of_671_billion_parameters_is_opened_and_estimated_from_its_headers() {
-    let folder = Folder(std::env::temp_dir().join(format!("dashinfer-large-{}", std::process::id())));
-    fs::create_dir_all(&folder.0).unwrap();
+    let folder = Folder::new("large");
     let kept_in_memory = |tensors: &[Tensor], spec: &ModelSpec| {
         write(&folder.0, tensors);
         let before = resident_bytes();
@@ -175,5 +196,36 @@ fn a_checkpoint_of_671_billion_parameters_is_opened_and_estimated_from_its_heade
     match estimate(&quantized, &folder.0) {
         Err(WeightsError::Missing { name, more: 0, .. }) => assert_eq!(name, missing),
         other => panic!("{other:?}"),
+    }
+}
+
+/// By itself, as the peak is that of the process.
+#[cfg(target_pointer_width = "64")]
+#[test]
+#[ignore = "15 GB are read and packed, in a minute or more"]
+fn little_is_in_memory_beside_what_is_packed_while_seven_billion_parameters_are_quantized() {
+    let folder = Folder::new("quantized");
+    let spec = shapes::named("qwen2.5-7b").unwrap();
+    let stored = RandomWeights::new(&spec, 0);
+    let tensors: Vec<Tensor> =
+        stored.names().into_iter().map(|name| (name.to_owned(), stored.info(name).unwrap().shape, "BF16")).collect();
+    write(&folder.0, &tensors);
+
+    let mut checkpoint = Checkpoint::open(&folder.0).unwrap();
+    let scheme = Scheme::A16W4 { group: Group::G32, zero_point: false };
+    let quantization = Quantization::new(scheme).vocabulary(Some(scheme));
+    let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
+    let cache = CacheType::BF16;
+    let estimate =
+        MemoryEstimate::new(&spec, &checkpoint, DType::F32, cache, limits, quantization, &packed_bytes).unwrap();
+    let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
+    let start = std::time::Instant::now();
+    let decoder = Decoder::load(backend, spec, &mut checkpoint, limits, quantization, &mut |_| ()).unwrap();
+    let (packed, stored) = (estimate.weight_bytes, checkpoint.data_bytes());
+    eprintln!("{} MB in {:.0?} to {} MB", stored / 1_000_000, start.elapsed(), packed / 1_000_000);
+    drop(decoder);
+    if let Some(peak) = peak_bytes() {
+        eprintln!("{} MB at the peak", peak / 1_000_000);
+        assert!(peak < packed + 256_000_000, "{} MB beside what is packed", (peak - packed) / 1_000_000);
     }
 }

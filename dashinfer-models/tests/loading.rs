@@ -3,13 +3,25 @@
 
 mod common;
 
-use std::{borrow::Cow, cell::Cell, collections::BTreeMap};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    ops::Range,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use common::{
     reference::Reference,
     sequences::{Runner, Wanted},
 };
-use dashinfer_kernels::{DType, to_f32};
+use dashinfer_kernels::{
+    DType, Scheme,
+    cpu::{CpuBackend, CpuConfig},
+    to_f32,
+};
 use dashinfer_models::{
     Attention, Decoder, HfConfig, LoadError, LoadProgress, ModelSpec, Quantization, RandomWeights, StepLimits,
     StoredType, TensorInfo, WeightSource, WeightsError,
@@ -30,8 +42,10 @@ fn spec(tied: bool) -> ModelSpec {
 /// Tensors in memory, which count what is done with them.
 struct Memory {
     tensors: BTreeMap<String, (TensorInfo, Vec<u8>)>,
-    reads: Cell<usize>,
+    reads: AtomicUsize,
     released: Vec<String>,
+    /// Rows that were done with before their tensor was.
+    done: Mutex<BTreeMap<String, Vec<Range<usize>>>>,
 }
 
 impl Memory {
@@ -39,7 +53,7 @@ impl Memory {
         let random = RandomWeights::new(spec, 5);
         let tensor = |name: &str| (random.info(name).unwrap(), random.read(name).unwrap().into_owned());
         let tensors = random.names().into_iter().map(|name| (name.to_owned(), tensor(name))).collect();
-        Self { tensors, reads: Cell::new(0), released: Vec::new() }
+        Self { tensors, reads: AtomicUsize::new(0), released: Vec::new(), done: Mutex::default() }
     }
 
     fn insert(&mut self, name: &str, dtype: StoredType, shape: &[usize]) {
@@ -68,8 +82,12 @@ impl WeightSource for Memory {
     }
 
     fn read(&self, name: &str) -> Option<Cow<'_, [u8]>> {
-        self.reads.set(self.reads.get() + 1);
+        self.reads.fetch_add(1, Ordering::Relaxed);
         Some(Cow::Borrowed(&self.tensors.get(name)?.1))
+    }
+
+    fn done_with_rows(&self, name: &str, rows: Range<usize>) {
+        self.done.lock().unwrap().entry(name.into()).or_default().push(rows);
     }
 
     fn release(&mut self, name: &str) {
@@ -90,7 +108,7 @@ fn check_refused(change: impl FnOnce(&mut Memory), wanted: &str) {
     let error = source.load(&spec).unwrap_err();
     assert!(matches!(error, LoadError::Weights(_)), "{error:?}");
     assert_eq!(error.to_string(), wanted);
-    assert_eq!(source.reads.get(), 0, "the proof comes first");
+    assert_eq!(source.reads.load(Ordering::Relaxed), 0, "the proof comes first");
 }
 
 #[test]
@@ -175,7 +193,7 @@ fn each_tensor_is_read_and_given_back_once() {
     let mut released = source.released.clone();
     released.sort();
     assert_eq!(released, source.names());
-    assert_eq!(source.reads.get(), released.len());
+    assert_eq!(source.reads.load(Ordering::Relaxed), released.len());
 }
 
 #[test]
@@ -202,4 +220,29 @@ fn a_missing_bias_is_missing() {
     let LoadError::Weights(error) = source.load(&spec).unwrap_err() else { panic!("not about weights") };
     let name = "model.layers.0.mlp.down_proj.bias".to_owned();
     assert_eq!(error, WeightsError::Missing { name, shape: vec![16], more: 0 });
+}
+
+#[test]
+fn rows_of_matrices_are_done_with_as_they_are_quantized() {
+    let spec = spec(false);
+    let scheme = Scheme::A16W8 { group: None };
+    for (quantization, all) in [
+        (Quantization::NONE, false),
+        (Quantization::new(scheme), true),
+        (Quantization::new(scheme).vocabulary(None), true),
+    ] {
+        let mut source = Memory::new(&spec);
+        source.widen("model.layers.0.self_attn.k_proj.weight");
+        let backend = CpuBackend::new(&CpuConfig::default()).unwrap();
+        Decoder::load(backend, spec.clone(), &mut source, LIMITS, quantization, &mut |_| ()).unwrap();
+        for (name, (info, _)) in &source.tensors {
+            let is_vocabulary = name.contains("embed") || name.contains("lm_head");
+            let quantized =
+                all && info.shape.len() == 2 && !(is_vocabulary && quantization.vocabulary_scheme().is_none());
+            let done = source.done.lock().unwrap().get(name).cloned().unwrap_or_default();
+            let wanted = quantized.then(|| 0..info.shape[0]);
+            assert!(done.iter().eq(&wanted), "{name}: {done:?}");
+            assert_eq!(source.released.iter().filter(|released| *released == name).count(), 1, "{name}");
+        }
+    }
 }

@@ -7,8 +7,9 @@
 use std::ops::Range;
 
 use super::{Group, Scheme, WeightBits, int4, int8};
+use crate::dtype::widen;
 use crate::error::check;
-use crate::{KernelError, MatrixView, element};
+use crate::{KernelError, MatrixView};
 
 /// Bits of a stored code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -270,10 +271,10 @@ impl StoredMatrix for MatrixView<'_> {
     }
 
     fn values(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let size = self.dtype.size_bytes();
         for (row, out) in rows.zip(out.chunks_mut(cols.len().max(1))) {
-            for (col, out) in cols.clone().zip(out) {
-                *out = element(self.bytes, self.dtype, row * self.cols + col);
-            }
+            let from = (row * self.cols + cols.start) * size;
+            widen(&self.bytes[from..from + cols.len() * size], self.dtype, out);
         }
     }
 
@@ -323,6 +324,11 @@ impl<'a> StoredStack<'a> {
                 .parts
                 .iter()
                 .all(|(_, part)| part.layout().is_some_and(|layout| layout.fits(scheme)) && part.order() == order)
+    }
+
+    /// Whether any part is stored in codes of integers.
+    pub(crate) fn has_codes(&self) -> bool {
+        self.parts.iter().any(|(_, part)| part.layout().is_some())
     }
 
     /// That of the first part.

@@ -77,7 +77,7 @@ impl GgufFile {
         self.file.identity(self.head.data.min(self.file.bytes().len()))
     }
 
-    pub(super) fn release(&mut self, bytes: &Range<usize>) {
+    pub(super) fn release(&self, bytes: &Range<usize>) {
         self.file.release(bytes);
     }
 }

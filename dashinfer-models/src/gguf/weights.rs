@@ -1,12 +1,12 @@
 //! The tensors of a GGUF file as a source of weights.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range};
 
 use super::{
     file::{GgufFile, Stored},
     metadata::ROPE_FACTORS,
 };
-use crate::{Attention, ModelSpec, TensorInfo, WeightSource};
+use crate::{Attention, ModelSpec, TensorInfo, WeightSource, source::bytes_of_rows};
 
 /// The tensors of a GGUF file, by their names in it.
 ///
@@ -68,6 +68,14 @@ impl WeightSource for GgufWeights {
 
     fn identity(&self) -> Option<String> {
         self.files.iter().map(GgufFile::identity).collect()
+    }
+
+    fn done_with_rows(&self, name: &str, rows: Range<usize>) {
+        if let Some((number, stored)) = self.tensors.get(name)
+            && let Some(bytes) = bytes_of_rows(&stored.bytes, stored.info.shape.first().copied().unwrap_or(0), &rows)
+        {
+            self.files[*number].release(&bytes);
+        }
     }
 
     fn release(&mut self, name: &str) {

@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::super::aligned::AlignedBuf;
 use super::super::linear::{SendPtr, Stack, bias_from_bytes, padded_bias};
 use super::super::pool::ThreadPool;
 use super::super::weight_buf::WeightBuf;
 use super::stored;
+use crate::dtype::widen;
 use crate::error::check;
 use crate::quant::activations::Cut;
 use crate::quant::stored::{StoredStack, check_order};
@@ -349,7 +350,7 @@ struct Panel<'a> {
 enum Source<'a> {
     /// Up to 16 rows of so many elements of a type.
     Bytes(&'a [&'a [u8]], DType),
-    /// The rows of this panel of matrices that give them a tile at a time.
+    /// The rows of this panel of matrices that give them a tile at a time, or a row of it.
     Stored(&'a StoredStack<'a>, usize),
 }
 
@@ -400,7 +401,9 @@ fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros
     let grouped = scheme.group().is_some();
     let (stretch, group) = if grouped { (STRETCH, cut.group) } else { (cut.padded.max(1), cut.padded.max(1)) };
     let (mut values, mut row_codes) = (vec![0.0f32; stretch], vec![0u8; stretch]);
-    let mut tile = vec![0.0f32; if matches!(source, Source::Stored(..)) { rows * stretch } else { 0 }];
+    // Codes of several rows may share their bytes; values stand row by row, and need no tile beside those of the row.
+    let tiled = matches!(source, Source::Stored(stack, _) if stack.has_codes());
+    let mut tile = vec![0.0f32; if tiled { rows * stretch } else { 0 }];
     let mut poison = 0.0;
     for first in (0..cut.padded).step_by(stretch) {
         let len = stretch.min(cut.padded - first);
@@ -408,7 +411,9 @@ fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros
         let from = panel_bytes(scheme, first);
         let codes = &mut codes[from..from + panel_bytes(scheme, len)];
         let stored = len.min(cols.saturating_sub(first));
-        if let Source::Stored(stack, panel) = source {
+        if let Source::Stored(stack, panel) = source
+            && tiled
+        {
             let rows = panel * PANEL..panel * PANEL + rows;
             stack.values(rows.clone(), first..first + stored, &mut tile[..rows.len() * stored]);
         }
@@ -419,7 +424,11 @@ fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros
                     let size = dtype.size_bytes();
                     widen(&rows[lane][first * size..][..stored * size], *dtype, values);
                 }
-                Source::Stored(..) => values[..stored].copy_from_slice(&tile[lane * stored..][..stored]),
+                Source::Stored(..) if tiled => values[..stored].copy_from_slice(&tile[lane * stored..][..stored]),
+                Source::Stored(stack, panel) => {
+                    let row = panel * PANEL + lane;
+                    stack.values(row..row + 1, first..first + stored, &mut values[..stored]);
+                }
             }
             values[stored..].fill(0.0);
             // Not a number if any value is infinite or none; in lanes, since a sum in order cannot be made of vectors.
@@ -449,26 +458,4 @@ fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros
         }
     }
     poison == 0.0
-}
-
-/// Stored elements as f32, as many as there are.
-#[inline(always)]
-fn widen(bytes: &[u8], dtype: DType, out: &mut [f32]) {
-    match dtype {
-        DType::F32 => {
-            for (out, value) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *out = f32::from_le_bytes(*value);
-            }
-        }
-        DType::F16 => {
-            for (out, value) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *out = f16::from_le_bytes(*value).to_f32();
-            }
-        }
-        DType::BF16 => {
-            for (out, value) in out.iter_mut().zip(bytes.as_chunks().0) {
-                *out = bf16::from_le_bytes(*value).to_f32();
-            }
-        }
-    }
 }
