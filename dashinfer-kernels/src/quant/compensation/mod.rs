@@ -78,7 +78,7 @@ pub fn can_compensate(scheme: Scheme) -> bool {
     scheme.weight_bits() == WeightBits::Four
 }
 
-/// The codes of `weights` `[rows, K]` by `scheme`, for inputs like those of `sums`; see the [module](self). `None` if nothing can be learnt
+/// The codes of `weights` `[rows, K]` by `scheme`, for inputs like those of `sums`. `None` if nothing can be learnt
 /// from them, because all were zero, or they depend on each other too much: then weights are to be rounded one by one.
 ///
 /// Beside the sums it takes 16 `K²` bytes, and some rows of weights for each thread.
