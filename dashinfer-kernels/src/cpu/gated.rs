@@ -10,6 +10,7 @@ use std::ops::Range;
 use super::gate::Gate;
 use super::linear::{Output, PANEL};
 use super::pool::ThreadPool;
+use super::tasks::Tasks;
 use crate::KernelError;
 use crate::error::check;
 
@@ -59,16 +60,10 @@ impl Gated {
     /// `product` may be called for all rows and panels if no other thread has the same rows and panels, as is so here. The machine has the
     /// instruction set of the activation, and the output lives.
     pub(super) unsafe fn run(&self, product: &PartOfProduct<'_>, pool: &ThreadPool) {
-        if self.rows == 0 || self.panels == 0 {
-            return;
-        }
-        let step = if self.rows < 16 { 1 } else { PANELS };
-        let per_task = self.panels.div_ceil(pool.num_threads() * 8).next_multiple_of(step);
-        pool.run(self.panels.div_ceil(per_task), &|task, _| {
-            let panels = task * per_task..self.panels.min((task + 1) * per_task);
+        Tasks::of_panels(self.rows, self.panels, pool).run(pool, &|rows, panels| {
             let mut memory = MaybeUninit::<Memory>::uninit();
-            for first in (0..self.rows).step_by(ROWS) {
-                let rows = first..self.rows.min(first + ROWS);
+            for first in rows.clone().step_by(ROWS) {
+                let rows = first..rows.end.min(first + ROWS);
                 // At least a pair, and all of them if there are few rows.
                 let wide = ROWS / rows.len() * PANELS;
                 for panel in panels.clone().step_by(wide) {

@@ -32,6 +32,11 @@ impl Tasks {
         Self { rows, panels, rows_of_task, panels_of_task: panels.div_ceil(groups).next_multiple_of(step).max(1) }
     }
 
+    /// Cuts it by panels alone, for products that cut rows themselves.
+    pub(super) fn of_panels(rows: usize, panels: usize, pool: &ThreadPool) -> Self {
+        Self::new(rows, 0, panels, pool)
+    }
+
     /// Calls `task(rows, panels)` for all of them on all threads, those of the same panels one after the other: together they read the weights
     /// once.
     pub(super) fn run(&self, pool: &ThreadPool, task: &(dyn Fn(Range<usize>, Range<usize>) + Sync)) {
