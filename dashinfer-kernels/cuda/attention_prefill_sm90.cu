@@ -2,7 +2,8 @@
 // out[t, h, :] = sum_j p[j] * v[j, h', :],  p = softmax_j(scale * q[t, h, :] · k[j, h', :])  over the keys j that row t sees
 //
 // Prefill, for SM90: causal, with an optional sliding window, over the paged cache. T: bf16, f16.
-//   qkv: [T, (H + 2K) * D], its first H * D columns are q   out: [T, H * D]   k, v maps: [num_blocks, K, B, D]   h' = h / (H / K)
+//   q: rows of H * D values and more behind them   out: rows of H * V   k, v maps: [num_blocks, K, B, D and V]   h' = h / (H / K)
+// V, the size of values, is D but for keys and values that were made of latent vectors.
 // After FlashAttention-3, https://arxiv.org/abs/2407.08608. A block takes 128 rows (a tile) of one head: two warpgroups own
 // 64 rows each, a warp of a third copies tiles of KEYS keys and values into two rings. While a warpgroup does the softmax of a
 // tile of keys, its products with the values of the tile before run, and the other warpgroup's products: the two take turns.
@@ -16,8 +17,11 @@
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
 #endif
+#ifndef VALUE_DIM
+#define VALUE_DIM HEAD_DIM
+#endif
 #ifndef KEYS_PER_TILE
-#define KEYS_PER_TILE (HEAD_DIM <= 128 ? 128 : 64)
+#define KEYS_PER_TILE (VALUE_DIM <= 128 ? 128 : 64)
 #endif
 #ifndef TAKE_TURNS
 #define TAKE_TURNS 1
@@ -29,19 +33,19 @@ struct PrefillTile {
 
 #if __CUDA_ARCH__ == 900
 namespace {
-constexpr int D = HEAD_DIM;
+constexpr int D = HEAD_DIM, V = VALUE_DIM;
 constexpr int KEYS = KEYS_PER_TILE;
 constexpr int ROWS = 64; // of a warpgroup
 constexpr int CONSUMERS = 2, STAGES = 2;
 constexpr int SWIZZLE = D % 64 == 0 ? 128 : D % 32 == 0 ? 64 : 32;
 constexpr int CHUNK = SWIZZLE / 2; // columns
-constexpr int CHUNKS = D / CHUNK;
-static_assert(D % CHUNK == 0 && (KEYS == 64 || KEYS == 128));
+constexpr int K_CHUNKS = D / CHUNK, V_CHUNKS = V / CHUNK;
+static_assert(D % CHUNK == 0 && V % CHUNK == 0 && (KEYS == 64 || KEYS == 128));
 
 // Shared memory, from a multiple of 1024: queries of each warpgroup, the ring of keys, the ring of values, barriers.
-constexpr u32 Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
-constexpr u32 K_AT = CONSUMERS * Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES, BARRIERS_AT = V_AT + STAGES * TILE_BYTES;
-static_assert(Q_BYTES % 1024 == 0 && TILE_BYTES % 1024 == 0);
+constexpr u32 Q_BYTES = ROWS * D * 2, K_BYTES = KEYS * D * 2, V_BYTES = KEYS * V * 2; // of a tile
+constexpr u32 K_AT = CONSUMERS * Q_BYTES, V_AT = K_AT + STAGES * K_BYTES, BARRIERS_AT = V_AT + STAGES * V_BYTES;
+static_assert(Q_BYTES % 1024 == 0 && K_BYTES % 1024 == 0 && V_BYTES % 1024 == 0);
 
 // Barriers: "full" is the copy's arrival, "empty" one arrival of each consumer warp.
 constexpr u32 K_FULL = BARRIERS_AT, K_EMPTY = K_FULL + 8 * STAGES, V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
@@ -95,6 +99,7 @@ struct Source {
 
 // One warp copies tile `keys` of the head's keys or values: a box for each block (or part of a block as large as the tile)
 // and chunk of columns. Blocks without keys below `end` stay as they are: the table has no entry for them.
+template <u32 CHUNKS>
 __device__ __forceinline__ void copy_tile(Source& to, u32 smem, const u32* blocks, u32 block_shift, u32 keys, u32 end, u32 kv_head, u32 lane) {
     const u32 box_shift = min(block_shift, KEYS == 128 ? 7 : 6), first = keys * KEYS; // a box's keys: a power of two
     const u32 boxes = ((min(end - first, u32(KEYS)) + (1u << box_shift) - 1) >> box_shift) * CHUNKS;
@@ -110,7 +115,7 @@ __device__ __forceinline__ void copy_tile(Source& to, u32 smem, const u32* block
         const u32 box = turn + lane, part = box / CHUNKS << box_shift, chunk = box % CHUNKS;
         if (box < boxes) {
             if (turn > 0) block = blocks[(first + part) >> block_shift];
-            copy_tensor_4d(smem + to.tile_at + stage * TILE_BYTES + (chunk * KEYS + part) * SWIZZLE, to.map, full, chunk * CHUNK,
+            copy_tensor_4d(smem + to.tile_at + stage * (CHUNKS * KEYS * SWIZZLE) + (chunk * KEYS + part) * SWIZZLE, to.map, full, chunk * CHUNK,
                            (first + part) & ((1u << block_shift) - 1), kv_head, block);
         }
     }
@@ -127,17 +132,17 @@ __device__ __forceinline__ void produce(const Problem& problem, u32 smem, const 
         const u32 kv_head = item.head / problem.group, end = item.end();
         // In the order of use: keys are a tile ahead of the values.
         for (u32 keys = item.end_keys; keys-- > item.first_keys;) {
-            copy_tile(k, smem, blocks, block_shift, keys, end, kv_head, lane);
-            if (keys + 1 < item.end_keys) copy_tile(v, smem, blocks, block_shift, keys + 1, end, kv_head, lane);
+            copy_tile<K_CHUNKS>(k, smem, blocks, block_shift, keys, end, kv_head, lane);
+            if (keys + 1 < item.end_keys) copy_tile<V_CHUNKS>(v, smem, blocks, block_shift, keys + 1, end, kv_head, lane);
         }
-        copy_tile(v, smem, blocks, block_shift, item.first_keys, end, kv_head, lane);
+        copy_tile<V_CHUNKS>(v, smem, blocks, block_shift, item.first_keys, end, kv_head, lane);
     }
 }
 
 // --- consumers ---------------------------------------------------------------------------------------------------------
 
 // Starts to copy the warpgroup's queries into shared memory; rows beyond the tile become zeros.
-__device__ __forceinline__ void load_queries(const Item& item, u32 smem, const T* qkv, size_t row_stride, u32 group, u32 thread) {
+__device__ __forceinline__ void load_queries(const Item& item, u32 smem, const T* q_rows, size_t q_row, u32 group, u32 thread) {
     constexpr u32 PIECES = D / 8; // of 16 bytes, in a row
     static_assert(ROWS * PIECES % 128 == 0);
 #pragma unroll 4
@@ -146,7 +151,7 @@ __device__ __forceinline__ void load_queries(const Item& item, u32 smem, const T
         const bool valid = group * ROWS + row < item.num_rows;
         const u32 from_row = item.first_row + (valid ? group * ROWS + row : 0);
         const u32 chunk = piece / (CHUNK / 8), offset = row * SWIZZLE + piece % (CHUNK / 8) * 16;
-        cp_async_16(smem + chunk * (ROWS * SWIZZLE) + swizzled<SWIZZLE>(offset), qkv + from_row * row_stride + item.head * D + piece * 8, valid);
+        cp_async_16(smem + chunk * (ROWS * SWIZZLE) + swizzled<SWIZZLE>(offset), q_rows + from_row * q_row + item.head * D + piece * 8, valid);
     }
     cp_async_commit();
 }
@@ -164,10 +169,10 @@ __device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 2], u64 q, u64 k
 }
 
 // o += p · v, started.
-__device__ __forceinline__ void multiply_values(float (&o)[D / 2], const u32 (&p)[KEYS / 4], u64 v) {
+__device__ __forceinline__ void multiply_values(float (&o)[V / 2], const u32 (&p)[KEYS / 4], u64 v) {
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step)
-        Wgmma<T, D>::template registers<true, true>(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
+        Wgmma<T, V>::template registers<true, true>(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
                                                     descriptor_after(v, step * 16 * SWIZZLE));
     wgmma_commit();
 }
@@ -232,9 +237,9 @@ __device__ __forceinline__ void pack(u32 (&p)[KEYS / 4], const float (&s)[KEYS /
     for (int i = 0; i < KEYS / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
 }
 
-__device__ __forceinline__ void scale_rows(float (&o)[D / 2], const Pair& by) {
+__device__ __forceinline__ void scale_rows(float (&o)[V / 2], const Pair& by) {
 #pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
+    for (int i = 0; i < V / 8; ++i) {
         o[4 * i] *= by.at[0], o[4 * i + 1] *= by.at[0];
         o[4 * i + 2] *= by.at[1], o[4 * i + 3] *= by.at[1];
     }
@@ -242,9 +247,9 @@ __device__ __forceinline__ void scale_rows(float (&o)[D / 2], const Pair& by) {
 
 // Writes row g (half 0) or g + 8 (half 1). Four lanes hold 2 columns each of every 8: they exchange words so that each has
 // 8 columns, 16 bytes, of every 32. The exchange is made by all lanes, the write only if `valid`.
-__device__ __forceinline__ void write_row(T* to, const float (&o)[D / 2], int half, float by, u32 t, bool valid) {
+__device__ __forceinline__ void write_row(T* to, const float (&o)[V / 2], int half, float by, u32 t, bool valid) {
 #pragma unroll
-    for (int i = 0; i + 4 <= D / 8; i += 4) {
+    for (int i = 0; i + 4 <= V / 8; i += 4) {
         u32 w[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) w[j] = pack2<T>(o[4 * (i + j) + 2 * half] * by, o[4 * (i + j) + 2 * half + 1] * by);
@@ -262,7 +267,7 @@ __device__ __forceinline__ void write_row(T* to, const float (&o)[D / 2], int ha
         if (valid) *reinterpret_cast<uint4*>(to + 8 * (i + t)) = make_uint4(w[0], w[1], w[2], w[3]);
     }
 #pragma unroll
-    for (int i = D / 32 * 4; i < D / 8; ++i)
+    for (int i = V / 32 * 4; i < V / 8; ++i)
         if (valid) *reinterpret_cast<u32*>(to + 8 * i + 2 * t) = pack2<T>(o[4 * i + 2 * half] * by, o[4 * i + 2 * half + 1] * by);
 }
 
@@ -270,14 +275,15 @@ __device__ __forceinline__ void write_row(T* to, const float (&o)[D / 2], int ha
 // write them, and each waits for its own writes only.
 __device__ __forceinline__ void clear_values(u32 tile, u32 first, u32 group, u32 thread) {
     const u32 pieces = (KEYS - first) * (SWIZZLE / 16); // a row's swizzle stays within the row
-    for (u32 chunk = 0; chunk < CHUNKS; ++chunk)
+    for (u32 chunk = 0; chunk < V_CHUNKS; ++chunk)
         for (u32 i = thread; i < pieces; i += 128)
             asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(tile + (chunk * KEYS + first) * SWIZZLE + 16 * i), "r"(0) : "memory");
     fence_async();
     barrier_sync(GROUP + group, 128);
 }
 
-__device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out, const T* qkv, size_t row_stride, float scale, u32 group, u32 thread) {
+__device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out, const T* q_rows, size_t q_row, size_t out_row, float scale, u32 group,
+                                        u32 thread) {
     const u32 warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const u32 row_in_tile = group * ROWS + warp * 16 + g;
     const u32 q_at = smem + group * Q_BYTES;
@@ -293,18 +299,18 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
     if (TAKE_TURNS && group == 1) barrier_arrive(TURN, 256); // the first turn is that of warpgroup 0
 
     Item item = item_of(problem, 0);
-    if (item.num_rows) load_queries(item, q_at, qkv, row_stride, group, thread);
+    if (item.num_rows) load_queries(item, q_at, q_rows, q_row, group, thread);
     for (u32 round = 0; u64(round) * gridDim.x < problem.num_items; ++round) {
         Item next = item_of(problem, round + 1);
         if (item.num_rows) {
             const u32 end = item.end();
             const int position = int(item.position + row_in_tile) - int(2 * t);
             const int first_position = int(item.position + group * ROWS), last_position = first_position + ROWS - 1;
-            float s[KEYS / 2], o[D / 2];
+            float s[KEYS / 2], o[V / 2];
             u32 p[KEYS / 4];
             Pair max_score{{-INF, -INF}}, sum{{0.f, 0.f}};
 #pragma unroll
-            for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
+            for (int i = 0; i < V / 2; ++i) o[i] = 0.f;
 
             cp_async_wait<0>();
             fence_async();
@@ -315,7 +321,7 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
             wait_for(K_FULL, k);
             hold(s);
             wgmma_fence();
-            multiply_keys(s, q, descriptor_after(first_k, k.stage() * TILE_BYTES));
+            multiply_keys(s, q, descriptor_after(first_k, k.stage() * K_BYTES));
             wgmma_wait<0>();
             hold(s);
             release(K_EMPTY, k);
@@ -324,7 +330,7 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
             pack(p, s);
             if (end < item.end_keys * KEYS) {
                 wait_for(V_FULL, v);
-                clear_values(smem + V_AT + v.stage() * TILE_BYTES, end - keys * KEYS, group, thread);
+                clear_values(smem + V_AT + v.stage() * V_BYTES, end - keys * KEYS, group, thread);
             }
 
             while (keys > item.first_keys) {
@@ -333,10 +339,10 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
                 if constexpr (TAKE_TURNS) barrier_sync(TURN + group, 256);
                 hold(s), hold(o), hold(p);
                 wgmma_fence();
-                multiply_keys(s, q, descriptor_after(first_k, k.stage() * TILE_BYTES));
+                multiply_keys(s, q, descriptor_after(first_k, k.stage() * K_BYTES));
                 wait_for(V_FULL, v);
                 wgmma_fence();
-                multiply_values(o, p, descriptor_after(first_v, v.stage() * TILE_BYTES));
+                multiply_values(o, p, descriptor_after(first_v, v.stage() * V_BYTES));
                 if constexpr (TAKE_TURNS) barrier_arrive(TURN + (group ^ 1), 256);
                 wgmma_wait<1>();
                 hold(s);
@@ -360,9 +366,9 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
             wait_for(V_FULL, v);
             hold(o), hold(p);
             wgmma_fence();
-            multiply_values(o, p, descriptor_after(first_v, v.stage() * TILE_BYTES));
+            multiply_values(o, p, descriptor_after(first_v, v.stage() * V_BYTES));
             barrier_sync(GROUP + group, 128); // all warps are done with the queries
-            if (next.num_rows) load_queries(next, q_at, qkv, row_stride, group, thread);
+            if (next.num_rows) load_queries(next, q_at, q_rows, q_row, group, thread);
             wgmma_wait<0>();
             hold(o), hold(p);
             release(V_EMPTY, v);
@@ -373,11 +379,11 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
                 total += __shfl_xor_sync(ALL_LANES, total, 1);
                 total += __shfl_xor_sync(ALL_LANES, total, 2);
                 const u32 row = row_in_tile + 8 * half;
-                T* to = out + (item.first_row + size_t(row)) * (problem.num_heads * D) + item.head * D;
+                T* to = out + (item.first_row + size_t(row)) * out_row + item.head * V;
                 write_row(to, o, half, __fdividef(1.f, total), t, row < item.num_rows);
             }
         } else if (next.num_rows) {
-            load_queries(next, q_at, qkv, row_stride, group, thread);
+            load_queries(next, q_at, q_rows, q_row, group, thread);
         }
         item = next;
     }
@@ -387,10 +393,10 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
 
 // Grid: any number of blocks; as many as the GPU has multiprocessors, at most num_tiles * num_heads, is best.
 extern "C" __global__ void __launch_bounds__(384, 1)
-    KERNEL(attention_prefill_sm90)(T* __restrict__ out, const T* __restrict__ qkv, const __grid_constant__ TensorMap k_map,
+    KERNEL(attention_prefill_sm90)(T* __restrict__ out, const T* __restrict__ q, const __grid_constant__ TensorMap k_map,
                                    const __grid_constant__ TensorMap v_map, const PrefillTile* __restrict__ tiles,
                                    const u32* __restrict__ block_table, u32 num_tiles, u32 num_heads, u32 num_kv_heads, u32 block_size, u32 window,
-                                   float scale) {
+                                   u32 q_row, u32 out_row, float scale) {
 #if __CUDA_ARCH__ == 900
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = (smem_u32(shared) + 1023) / 1024 * 1024;
@@ -413,8 +419,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (warp == 4 * CONSUMERS) produce(problem, smem, &k_map, &v_map, block_table, 31 - __clz(block_size), threadIdx.x % 32);
     } else {
         take_registers<232>();
-        const size_t row_stride = size_t(num_heads + 2 * num_kv_heads) * D;
-        consume(problem, smem, out, qkv, row_stride, scale * 1.44269504f, group, threadIdx.x % 128);
+        consume(problem, smem, out, q, q_row, out_row, scale * 1.44269504f, group, threadIdx.x % 128);
     }
 #endif
 }

@@ -339,14 +339,13 @@ impl Feature {
     #[must_use]
     pub const fn on_gpus(self) -> bool {
         match self {
-            Self::Experts => true,
+            Self::Experts | Self::LatentAttention => true,
             Self::EmbeddingScale
             | Self::GeluTanh
             | Self::AttentionSoftCap
             | Self::AttentionSinks
             | Self::LogitSoftCap
             | Self::ClampedSwiglu
-            | Self::LatentAttention
             | Self::StoredQuantization => false,
         }
     }
@@ -514,6 +513,19 @@ pub trait Backend: Send + 'static {
 
     /// An empty cache.
     fn kv_cache(&self, spec: &KvCacheSpec) -> Result<Self::KvCache, KernelError>;
+
+    /// Announces that the layers of a model have latent attention of these sizes, before the first step: what a backend makes for them is made
+    /// now. [`Feature::LatentAttention`].
+    ///
+    /// # Errors
+    /// [`KernelError::Unsupported`] for sizes that it has no kernels for.
+    fn expect_latent(&mut self, _params: &LatentParams) -> Result<(), KernelError> {
+        if self.supports(Feature::LatentAttention) {
+            return Ok(());
+        }
+        let what = Feature::LatentAttention.to_string();
+        Err(KernelError::Unsupported { op: "expect_latent", what, backend: self.name() })
+    }
 
     /// Announces the step whose operators follow, all of them on `cache`: its rows, and the rotary embeddings that its layers
     /// name by index.

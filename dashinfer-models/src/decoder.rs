@@ -80,11 +80,14 @@ impl<B: Backend> Decoder<B> {
 
     /// A decoder with weights that are packed.
     pub(crate) fn with_weights(
-        backend: B,
+        mut backend: B,
         spec: ModelSpec,
         weights: Packed<B>,
         limits: StepLimits,
     ) -> Result<Self, KernelError> {
+        if let Attention::Latent(attention) = &spec.attention {
+            backend.expect_latent(&attention.params())?;
+        }
         let activations = Activations::new(&backend, &spec, limits)?;
         let ropes = spec.ropes.iter().map(|rope| rope.rope(spec.max_positions)).collect();
         let (weights_from, conversions) = (WeightsFrom::Source, Vec::new());

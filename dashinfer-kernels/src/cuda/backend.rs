@@ -16,6 +16,8 @@ use super::memory::{Buffer, Event};
 use super::ops::attention::{Attention, AttentionOperands};
 use super::ops::embed::Embed;
 use super::ops::gather_rows::GatherRows;
+use super::ops::latent::rope::LatentRopeOperands;
+use super::ops::latent::{LatentAttention, LatentAttentionOperands};
 use super::ops::linear::{CudaLinear, LinearMode, Linears};
 use super::ops::moe::packed::CudaExperts;
 use super::ops::moe::{CudaExpertScratch, Moe, Operands as MoeOperands};
@@ -31,8 +33,8 @@ use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
 use crate::{
-    Activation, AttentionParams, Backend, CacheLayout, DType, Feature, Issue, KernelError, KvCacheSpec, MatrixView,
-    QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
+    Activation, AttentionParams, Backend, CacheLayout, DType, Feature, Issue, KernelError, KvCacheSpec, LatentHeads,
+    LatentParams, MatrixView, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
 };
 
 /// How the backend computes.
@@ -89,6 +91,7 @@ pub struct CudaBackend {
     moe: Moe,
     rope: RopeAndCache,
     attention: Attention,
+    latent: LatentAttention,
     silu: SiluMul,
     gather: GatherRows,
     /// Made when it is known how many rows it may get.
@@ -135,6 +138,7 @@ impl CudaBackend {
             moe: Moe::new(device, dtype, config.deterministic),
             rope: RopeAndCache::new(device, dtype)?,
             attention: Attention::new(device, dtype, config.deterministic)?,
+            latent: LatentAttention::new(device, dtype, config.deterministic)?,
             silu: SiluMul::new(device, dtype)?,
             gather: GatherRows::new(device, dtype)?,
             sampler: None,
@@ -168,6 +172,28 @@ impl CudaBackend {
         // Slots and blocks of the step were checked against this one.
         check(op, "number of the cache that the step was begun on", self.current.cache as usize, cache.id as usize)?;
         params.check(op, self.current.rows, [qkv.rows, qkv.cols], &cache.spec, layer)
+    }
+
+    fn check_latent(
+        &self,
+        op: &'static str,
+        q: &CudaTensor,
+        cache: &CudaKvCache,
+        layer: usize,
+        params: &LatentParams,
+    ) -> Result<(), KernelError> {
+        // Slots and blocks of the step were checked against this one.
+        check(op, "number of the cache that the step was begun on", self.current.cache as usize, cache.id as usize)?;
+        check(op, "rows", self.current.rows, q.rows)?;
+        check(op, "columns of q", params.num_heads * params.q_dim(), q.cols)?;
+        params.check(op, &cache.spec, layer)
+    }
+
+    /// A rotary embedding of the step, and its frequencies on the device.
+    fn rope_of(&self, op: &'static str, index: usize) -> Result<(&Rope, &Buffer), KernelError> {
+        let found = self.inv_freq.len();
+        let wanted = KernelError::Shape { op, what: "rotary embeddings of the step", wanted: index + 1, found };
+        self.inv_freq.get(index).map(|(rope, buffer)| (rope, buffer)).ok_or(wanted)
     }
 
     /// Rotates what was left to attention, if there is something.
@@ -283,11 +309,17 @@ impl Backend for CudaBackend {
             let what = format!("a cache in {} beside activations in {}", spec.cache_type, self.config.dtype);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cuda" });
         }
-        if spec.layout != CacheLayout::KeysAndValues {
-            return Err(unsupported("kv_cache", Feature::LatentAttention));
+        if let CacheLayout::Latent { rank } = spec.layout {
+            check("kv_cache", "key/value heads of latent vectors", 1, spec.num_kv_heads)?;
+            check("kv_cache", "values of a latent vector, at most", rank.min(spec.head_dim), rank)?;
         }
         let buffer = self.device.alloc("the KV cache", spec.num_blocks.saturating_mul(spec.block_bytes()))?;
         Ok(CudaKvCache { id: self.next_cache.fetch_add(1, Ordering::Relaxed), buffer, spec: *spec })
+    }
+
+    fn expect_latent(&mut self, params: &LatentParams) -> Result<(), KernelError> {
+        self.device.bind()?;
+        self.latent.expect(params)
     }
 
     fn begin_step(
@@ -312,7 +344,12 @@ impl Backend for CudaBackend {
         let rows = if decodes { padded(num_rows) } else { num_rows };
 
         let KvCacheSpec { num_kv_heads, head_dim, block_size, .. } = cache.spec;
-        let params = self.attention.plan_params(num_kv_heads, head_dim, block_size, decodes.then_some(rows))?;
+        let params = match cache.spec.layout {
+            CacheLayout::KeysAndValues => {
+                self.attention.plan_params(num_kv_heads, head_dim, block_size, decodes.then_some(rows))?
+            }
+            CacheLayout::Latent { .. } => self.latent.plan_params()?,
+        };
         self.max_slots = params.max_slots;
         self.plan.make(batch, &params, decodes.then_some(rows));
 
@@ -328,6 +365,7 @@ impl Backend for CudaBackend {
         }
         wanted[section::UNITS] = size_of_val(&self.plan.units[..]);
         wanted[section::TILES] = size_of_val(&self.plan.tiles[..]);
+        wanted[section::EXPANDED] = size_of_val(&self.plan.expanded[..]);
         wanted[section::BLOCK_TABLE] = size_of_val(&batch.block_table[..]);
         self.steps.is_decode = decodes;
         let buffer = if decodes { &mut self.steps.decode } else { &mut self.steps.mixed };
@@ -346,6 +384,7 @@ impl Backend for CudaBackend {
             sections.put(section::UNITS, &plan.units);
             sections.put(section::TILES, &plan.tiles);
             sections.put(section::BLOCK_TABLE, &batch.block_table);
+            sections.put(section::EXPANDED, &plan.expanded);
         })?;
 
         let num_logit_rows = step.logit_rows.len();
@@ -357,7 +396,7 @@ impl Backend for CudaBackend {
         }
         let key = RecordKey { cache: cache.id, rows };
         self.current.key = Some(key);
-        let generation = self.steps.decode.generation() + self.attention.generation();
+        let generation = self.steps.decode.generation() + self.attention.generation() + self.latent.generation();
         match self.records.next(key, generation) {
             // The shapes of the record to come.
             Next::Compute => self.linears.set_repeats(true),
@@ -482,10 +521,7 @@ impl Backend for CudaBackend {
         const OP: &str = "rope_and_cache";
         self.check_attention(OP, qkv, cache, layer, params)?;
         self.finish_rope()?;
-        let Some((rope, inv_freq)) = self.inv_freq.get(rope) else {
-            let (wanted, found) = (rope + 1, self.inv_freq.len());
-            return Err(KernelError::Shape { op: OP, what: "rotary embeddings of the step", wanted, found });
-        };
+        let (rope, inv_freq) = self.rope_of(OP, rope)?;
         if let Some(norm) = &qk_norm {
             check(OP, "length of the q norm", params.head_dim, norm.q.len)?;
             check(OP, "length of the k norm", params.head_dim, norm.k.len)?;
@@ -550,6 +586,71 @@ impl Backend for CudaBackend {
         };
         // SAFETY: activations, cache and weights stay where they are until the step ends (`Backend::rope_and_cache`).
         unsafe { self.attention.run(&operands, params, &self.plan, self.max_slots) }
+    }
+
+    fn latent_rope_and_cache(
+        &mut self,
+        q: &mut CudaTensor,
+        kv: &mut CudaTensor,
+        cache: &mut CudaKvCache,
+        layer: usize,
+        params: &LatentParams,
+        rope: usize,
+        (norm, eps): (&CudaVector, f32),
+    ) -> Result<(), KernelError> {
+        const OP: &str = "latent_rope_and_cache";
+        self.check_latent(OP, q, cache, layer, params)?;
+        check(OP, "rows of latent vectors", q.rows, kv.rows)?;
+        check(OP, "columns of latent vectors", params.width(), kv.cols)?;
+        check(OP, "length of the norm", params.rank, norm.len)?;
+        let (rope, inv_freq) = self.rope_of(OP, rope)?;
+        check(OP, "values that are rotated", params.rope_dim, 2 * rope.inv_freq.len())?;
+        let operands = LatentRopeOperands {
+            q: q.span(),
+            kv: kv.span(),
+            cache: cache.latent_layer(layer)?,
+            positions: self.steps.section(section::POSITIONS)?,
+            slots: self.steps.section(section::SLOTS)?,
+            inv_freq: inv_freq.into(),
+            rope_scale: rope.scale,
+            pairs: rope.pairs,
+            norm: ((&norm.buffer).into(), eps),
+            num_rows: q.rows,
+        };
+        self.latent.rope(&operands, params)
+    }
+
+    fn latent_attention(
+        &mut self,
+        out: &mut CudaTensor,
+        q: &CudaTensor,
+        cache: &CudaKvCache,
+        layer: usize,
+        params: &LatentParams,
+        heads: &LatentHeads<CudaLinear>,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "latent_attention";
+        self.check_latent(OP, q, cache, layer, params)?;
+        let LatentHeads { queries, values } = heads;
+        check(OP, "rows of the heads' queries", params.num_heads * params.rank, queries.rows)?;
+        check(OP, "columns of the heads' queries", params.nope_dim, queries.cols)?;
+        check(OP, "rows of the heads' values", params.num_heads * params.v_dim, values.rows)?;
+        check(OP, "columns of the heads' values", params.rank, values.cols)?;
+        out.resize(OP, q.rows, params.num_heads * params.v_dim)?;
+        let operands = LatentAttentionOperands {
+            out: out.span(),
+            q: q.span(),
+            cache: cache.latent_layer(layer)?,
+            block_size: cache.spec.block_size,
+            num_rows: q.rows,
+            units: self.steps.section(section::UNITS)?,
+            num_units: self.steps.section(section::NUM_UNITS)?,
+            tiles: self.steps.section(section::TILES)?,
+            expanded: self.steps.section(section::EXPANDED)?,
+            block_table: self.steps.section(section::BLOCK_TABLE)?,
+            heads: LatentHeads { queries: (&queries.weight).into(), values: (&values.weight).into() },
+        };
+        self.latent.run(&operands, params, &self.plan, self.max_slots)
     }
 
     fn gate(&mut self, out: &mut CudaTensor, x: &CudaTensor, activation: Activation) -> Result<(), KernelError> {

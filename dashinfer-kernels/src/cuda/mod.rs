@@ -40,7 +40,7 @@ pub use ops::moe::packed::CudaExperts;
 pub use ops::moe::{CudaExpertScratch, expert_bytes};
 pub use tensors::{CudaKvCache, CudaTensor, CudaVector};
 
-use crate::{DType, KernelError};
+use crate::{DType, KernelError, LatentParams};
 
 /// A GPU in use.
 #[derive(Debug, Clone)]
@@ -91,7 +91,7 @@ pub fn packed_bytes(rows: usize, cols: usize, dtype: DType) -> usize {
 }
 
 /// What decides how much room operators need beside activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WorkspaceParams {
     /// Query heads, `H`.
     pub num_heads: usize,
@@ -99,6 +99,8 @@ pub struct WorkspaceParams {
     pub num_kv_heads: usize,
     /// Head size, `D`.
     pub head_dim: usize,
+    /// Latent attention in place of that, in this type, and the most rows of a step.
+    pub latent: Option<(LatentParams, DType, usize)>,
     /// The most rows of logits in a step.
     pub max_logit_rows: usize,
     /// Logits in a row, `V`.
@@ -110,11 +112,16 @@ pub struct WorkspaceParams {
 #[must_use]
 pub fn workspace_bytes(device: &CudaDevice, params: &WorkspaceParams) -> u64 {
     const ALLOWANCE: usize = 256 << 20;
-    let WorkspaceParams { num_heads, num_kv_heads, head_dim, max_logit_rows, vocab_size } = *params;
-    let slots = ops::attention::max_slots(&device.0, num_kv_heads);
-    let partials: usize = ops::attention_units::Partials::bytes(slots, num_heads, head_dim).into_iter().sum();
+    let WorkspaceParams { num_heads, num_kv_heads, head_dim, latent, max_logit_rows, vocab_size } = *params;
+    let attention = match &latent {
+        Some((params, dtype, max_rows)) => ops::latent::workspace_bytes(&device.0, *dtype, params, *max_rows),
+        None => {
+            let slots = ops::attention::max_slots(&device.0, num_kv_heads);
+            ops::attention_units::Partials::bytes(slots, num_heads, head_dim).into_iter().sum()
+        }
+    };
     let edited = max_logit_rows.saturating_mul(vocab_size).saturating_mul(2 * size_of::<f32>());
-    (cublaslt::workspace_bytes(device.0.arch) + partials + ALLOWANCE).saturating_add(edited) as u64
+    (cublaslt::workspace_bytes(device.0.arch) + ALLOWANCE).saturating_add(attention).saturating_add(edited) as u64
 }
 
 /// What checks kernels and compiles them beforehand: for `cargo xtask`, and for builds that ship images of their own.

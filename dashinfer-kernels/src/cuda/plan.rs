@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::PagedBatch;
+use crate::{PagedBatch, SequenceRows};
 
 /// The most units of one row: one block adds their partial results.
 pub(crate) const MAX_SPLITS: usize = 128;
@@ -16,6 +16,9 @@ pub(crate) const MAX_SPLITS: usize = 128;
 const STEP: usize = 64;
 /// What starting a unit costs, in positions: the pipeline fills, and the warps merge.
 const UNIT_OVERHEAD: usize = 64;
+/// Rows of a block of keys and values that are made of latent vectors for a step, and of a tile of them.
+pub(crate) const EXPANDED_BLOCK: usize = 64;
+pub(crate) const EXPANDED_ROWS: usize = 128;
 /// Splits of a row under [`Splitting::ByContext`].
 const MAX_FIXED_SPLITS: usize = 16;
 
@@ -57,7 +60,7 @@ pub(crate) struct PrefillTile {
     pub(crate) num_rows: u32,
     /// Of the first row, in its sequence.
     pub(crate) position: u32,
-    /// Where its sequence's blocks start in the block table.
+    /// Where its sequence's blocks start in the block table; among the blocks of what is made of latent vectors, if keys and values are.
     pub(crate) first_block: u32,
 }
 
@@ -88,6 +91,8 @@ pub(crate) struct PlanParams {
     pub(crate) min_split: usize,
     /// Rows of the prefill kernel's tile. Without one, rows of prompts are units like all others.
     pub(crate) prefill_rows: Option<usize>,
+    /// Whether tiles read keys and values that are made for the step, of all that the cache holds of their sequences.
+    pub(crate) expand: bool,
     /// Partial results that there is room for; at least [`MAX_SPLITS`].
     pub(crate) max_slots: usize,
 }
@@ -127,6 +132,11 @@ pub(crate) struct AttentionPlan {
     pub(crate) chunks: Vec<Range<usize>>,
     /// The longest first.
     pub(crate) tiles: Vec<PrefillTile>,
+    /// What is to be made of latent vectors, if anything is: rows of what is made, the position of the first, and where the sequence's
+    /// blocks start in the block table.
+    pub(crate) expanded: Vec<PrefillTile>,
+    /// Rows of all that is made; whole blocks.
+    pub(crate) expanded_rows: usize,
     rows: Vec<Row>,
 }
 
@@ -151,17 +161,22 @@ impl AttentionPlan {
     pub(crate) fn make(&mut self, batch: &PagedBatch, params: &PlanParams, padded_rows: Option<usize>) {
         self.rows.clear();
         self.tiles.clear();
+        self.expanded.clear();
+        self.expanded_rows = 0;
         let mut num_rows = 0;
         for sequence in &batch.sequences {
             num_rows = sequence.first_row + sequence.num_rows;
             let first_position = sequence.context_len - sequence.num_rows;
             match params.prefill_rows.filter(|_| sequence.num_rows > 1) {
-                Some(tile) => self.tiles.extend((0..sequence.num_rows).step_by(tile).map(|at| PrefillTile {
-                    first_row: (sequence.first_row + at) as u32,
-                    num_rows: tile.min(sequence.num_rows - at) as u32,
-                    position: (first_position + at) as u32,
-                    first_block: sequence.first_block as u32,
-                })),
+                Some(tile) => {
+                    let first_block = if params.expand { self.expand(sequence) } else { sequence.first_block };
+                    self.tiles.extend((0..sequence.num_rows).step_by(tile).map(|at| PrefillTile {
+                        first_row: (sequence.first_row + at) as u32,
+                        num_rows: tile.min(sequence.num_rows - at) as u32,
+                        position: (first_position + at) as u32,
+                        first_block: first_block as u32,
+                    }));
+                }
                 None => self.rows.extend((0..sequence.num_rows).map(|at| {
                     let context_len = first_position + at + 1;
                     let hidden = params.window.map_or(0, |window| context_len.saturating_sub(window));
@@ -174,6 +189,19 @@ impl AttentionPlan {
         let padding = num_rows..padded_rows.unwrap_or(num_rows);
         self.rows.extend(padding.map(|row| Row { row, first_block: 0, begin: 0, context_len: 0 }));
         self.split_rows(params);
+    }
+
+    /// All positions of a sequence are to be made keys and values of; returns their first block.
+    fn expand(&mut self, sequence: &SequenceRows) -> usize {
+        let start = self.expanded_rows;
+        self.expanded.extend((0..sequence.context_len).step_by(EXPANDED_ROWS).map(|position| PrefillTile {
+            first_row: (start + position) as u32,
+            num_rows: EXPANDED_ROWS.min(sequence.context_len - position) as u32,
+            position: position as u32,
+            first_block: sequence.first_block as u32,
+        }));
+        self.expanded_rows = (start + sequence.context_len).next_multiple_of(EXPANDED_BLOCK);
+        start / EXPANDED_BLOCK
     }
 
     fn split_rows(&mut self, params: &PlanParams) {
@@ -267,7 +295,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::SequenceRows;
 
     const H200: PlanParams = PlanParams {
         grid: 264,
@@ -276,6 +303,7 @@ mod tests {
         splitting: Splitting::Balanced,
         min_split: 256,
         prefill_rows: Some(64),
+        expand: false,
         max_slots: 12 * 66,
     };
 
@@ -361,6 +389,20 @@ mod tests {
     }
 
     #[test]
+    fn what_tiles_read_is_made_of_all_that_their_sequences_have() {
+        let params = PlanParams { expand: true, ..H200 };
+        let plan = plan(&[(70, 70), (1, 33), (130, 200)], &params, None);
+        let of = |tile: &PrefillTile| (tile.first_row, tile.num_rows, tile.position, tile.first_block);
+        assert_eq!(
+            plan.expanded.iter().map(of).collect::<Vec<_>>(),
+            [(0, 70, 0, 0), (128, 128, 0, 8), (256, 72, 128, 8)]
+        );
+        assert_eq!(plan.expanded_rows, 384);
+        let tiles: Vec<_> = plan.tiles.iter().map(of).collect();
+        assert_eq!(tiles, [(199, 2, 198, 2), (135, 64, 134, 2), (71, 64, 70, 2), (64, 6, 64, 0), (0, 64, 0, 0)]);
+    }
+
+    #[test]
     fn a_padded_step_has_the_shape_of_its_bucket() {
         let plan = plan(&[(1, 100), (1, 1000)], &H200, Some(4));
         assert!(plan.units.iter().all(|unit| (unit.num_splits > 1) == (unit.row == 1)));
@@ -393,6 +435,7 @@ mod tests {
                 min_split: 64 * min_split,
                 splitting: if by_context { Splitting::ByContext } else { Splitting::Balanced },
                 prefill_rows: prefill.then_some(64),
+                expand: false,
                 max_slots: MAX_SPLITS,
             },
         )

@@ -30,7 +30,8 @@ pub(super) mod section {
     pub(in crate::cuda) const UNITS: usize = 7;
     pub(in crate::cuda) const TILES: usize = 8;
     pub(in crate::cuda) const BLOCK_TABLE: usize = 9;
-    pub(in crate::cuda) const COUNT: usize = 10;
+    pub(in crate::cuda) const EXPANDED: usize = 10;
+    pub(in crate::cuda) const COUNT: usize = 11;
 }
 
 /// Descriptions of steps that may be recorded, and of others: small, and as large as steps can be.

@@ -3,7 +3,7 @@
 use super::memory::Buffer;
 use super::ops::operand::Span;
 use crate::error::check;
-use crate::{DType, KernelError, KvCacheSpec};
+use crate::{CacheLayout, DType, KernelError, KvCacheSpec};
 
 /// Activations or logits, `[rows, cols]`, with room for a fixed number of rows.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub struct CudaVector {
     pub(super) len: usize,
 }
 
-/// Keys and values of all layers: for each layer `[num_blocks, K, B, D]` keys, then as many values.
+/// Keys and values of all layers: for each layer `[num_blocks, K, B, D]` keys, then as many values; or latent vectors, `[num_blocks, B, C + R]`.
 #[derive(Debug)]
 pub struct CudaKvCache {
     pub(super) id: u64,
@@ -53,9 +53,24 @@ pub struct CudaKvCache {
 impl CudaKvCache {
     pub(super) fn layer(&self, layer: usize) -> Result<[Span<'_>; 2], KernelError> {
         let spec = &self.spec;
+        check("cache", "values of a latent vector", 0, self.rank())?;
         let half =
             spec.num_blocks * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.cache_type.key_bits() / 8;
         let part = |index| Span::part(&self.buffer, index * half, half);
         Ok([part(2 * layer)?, part(2 * layer + 1)?])
+    }
+
+    /// The latent vectors of a layer: `[num_blocks, B, C + R]`.
+    pub(super) fn latent_layer(&self, layer: usize) -> Result<Span<'_>, KernelError> {
+        let spec = &self.spec;
+        let bytes = spec.num_blocks * spec.block_size * spec.head_bytes();
+        Span::part(&self.buffer, layer * bytes, bytes)
+    }
+
+    fn rank(&self) -> usize {
+        match self.spec.layout {
+            CacheLayout::KeysAndValues => 0,
+            CacheLayout::Latent { rank } => rank,
+        }
     }
 }

@@ -98,6 +98,7 @@ fn sorted<S: AsRef<str>>(options: &[S]) -> Vec<&str> {
 pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("latent.cuh", include_str!("../../cuda/latent.cuh")),
     ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
     ("moe.cuh", include_str!("../../cuda/moe.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
@@ -130,8 +131,8 @@ pub static UNITS: &[Listed] = &[
         archs: Archs::SM90,
         types: HALVES,
         variants: |_| {
-            let of = |head_dim| vec![format!("-DHEAD_DIM={head_dim}"), "-DTAKE_TURNS=1".to_string()];
-            [64, 80, 96, 128, 192, 256].map(of).to_vec()
+            use ops::attention_prefill_sm90::{HEAD_DIMS, options};
+            HEAD_DIMS.map(|dims| [&options(dims)[..], &["-DTAKE_TURNS=1".to_string()]].concat()).to_vec()
         },
     },
     Listed {
@@ -144,6 +145,27 @@ pub static UNITS: &[Listed] = &[
     },
     Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::gather_rows::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed {
+        unit: &ops::latent::decode::UNIT,
+        archs: Archs::SINCE_SM80,
+        types: HALVES,
+        variants: |_| vec![ops::latent::decode::options().to_vec()],
+    },
+    Listed {
+        unit: &ops::latent::product::UNIT,
+        archs: Archs::SINCE_SM80,
+        types: HALVES,
+        variants: |_| ops::latent::product::VARIANTS.iter().map(|variant| variant.options().to_vec()).collect(),
+    },
+    Listed { unit: &ops::latent::rope::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed {
+        unit: &ops::latent::simple::UNIT,
+        archs: Archs::ALL,
+        types: ALL_TYPES,
+        variants: |_| {
+            ops::latent::simple::PAIRS.iter().map(|&pairs| vec![ops::latent::simple::option(pairs)]).collect()
+        },
+    },
     Listed { unit: &ops::linear::rows::UNIT, archs: Archs::SINCE_SM80, types: HALVES, variants: linear_rows },
     Listed { unit: &ops::linear::SIMPLE, archs: Archs::BEFORE_SM80, types: ALL_TYPES, variants: linear_simple },
     Listed { unit: &ops::linear::SIMPLE, archs: Archs::SINCE_SM80, types: &[DType::F32], variants: linear_simple },
@@ -268,7 +290,7 @@ mod tests {
     #[test]
     fn options_are_listed_in_any_order() {
         let unit = &ops::attention_prefill_sm90::UNIT;
-        let options = ["-DTAKE_TURNS=1", "-DDASH_TYPE=f16", "-DHEAD_DIM=96"];
+        let options = ["-DTAKE_TURNS=1", "-DDASH_TYPE=f16", "-DVALUE_DIM=96", "-DHEAD_DIM=96"];
         assert!(is_listed(unit, Arch::SM90, &options));
         assert!(!is_listed(unit, Arch::SM80, &options) && !is_listed(unit, Arch::SM90, &options[1..]));
     }

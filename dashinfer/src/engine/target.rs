@@ -139,10 +139,15 @@ impl Target {
             }
             Self::Cuda(device) => {
                 let cache = spec.kv_cache(1, 1, compute.into());
+                let latent = match &spec.attention {
+                    Attention::Latent(attention) => Some((attention.params(), compute, limits.max_tokens)),
+                    _ => None,
+                };
                 let params = cuda::WorkspaceParams {
                     num_heads: spec.attention.num_heads(),
                     num_kv_heads: cache.num_kv_heads,
                     head_dim: cache.head_dim,
+                    latent,
                     max_logit_rows: limits.max_logit_rows,
                     vocab_size: spec.vocab_size,
                 };
@@ -195,7 +200,7 @@ fn most_stored(opened: &Opened) -> DType {
 /// A build without GPUs: there is no device that could be opened.
 #[cfg(not(feature = "cuda"))]
 mod cuda {
-    use dashinfer_kernels::{DType, KernelError, Routing};
+    use dashinfer_kernels::{DType, KernelError, LatentParams, Routing};
 
     pub(crate) enum CudaDevice {}
 
@@ -227,6 +232,7 @@ mod cuda {
         pub(crate) num_heads: usize,
         pub(crate) num_kv_heads: usize,
         pub(crate) head_dim: usize,
+        pub(crate) latent: Option<(LatentParams, DType, usize)>,
         pub(crate) max_logit_rows: usize,
         pub(crate) vocab_size: usize,
     }

@@ -107,7 +107,8 @@ pub(crate) fn max_slots(device: &Device, num_kv_heads: usize) -> usize {
     let grid = device.num_sms as usize * BLOCKS;
     let slots = |splitting| {
         let (window, min_split, prefill_rows) = (None, 1, None);
-        let params = PlanParams { grid, num_kv_heads, window, splitting, min_split, prefill_rows, max_slots: 0 };
+        let (expand, max_slots) = (false, 0);
+        let params = PlanParams { grid, num_kv_heads, window, splitting, min_split, prefill_rows, expand, max_slots };
         params.slots_for(ROWS_AT_ONCE)
     };
     slots(Splitting::Balanced).max(slots(Splitting::ByContext))
@@ -170,8 +171,8 @@ impl Attention {
             Tiles::Sm90 { .. } => Some(TILE_ROWS as usize),
         });
         let splitting = if self.deterministic { Splitting::ByContext } else { Splitting::Balanced };
-        let (window, max_slots) = (None, 0);
-        let params = PlanParams { grid, num_kv_heads, window, splitting, min_split, prefill_rows, max_slots };
+        let (window, expand, max_slots) = (None, false, 0);
+        let params = PlanParams { grid, num_kv_heads, window, splitting, min_split, prefill_rows, expand, max_slots };
         // The room is that of the largest grid, so that it does not depend on the step.
         let max_slots = params.slots_for(ROWS_AT_ONCE);
         let of_decodes = decodes.and_then(|rows| kernels?.units.of_decodes(rows, num_kv_heads, self.device.num_sms));
@@ -197,6 +198,7 @@ impl Attention {
             num_heads: heads.num_kv_heads as u32,
             num_kv_heads: heads.num_kv_heads as u32,
             head_dim: head_dim as u32,
+            value_dim: head_dim as u32,
             block_size: block_size as u32,
         };
         let tiles = if self.deterministic || !on_tensor_cores {
@@ -271,6 +273,7 @@ impl Attention {
                     num_heads: heads as u32,
                     num_kv_heads: kv_heads as u32,
                     head_dim: head_dim as u32,
+                    value_dim: head_dim as u32,
                     block_size: block_size as u32,
                 };
                 if kernel.as_ref().is_none_or(|kernel| *kernel.shape() != shape) {
@@ -289,8 +292,14 @@ impl Attention {
                     Entry::Vacant(place) => place.insert(kernel.cache_maps(k, v, num_blocks)?),
                 };
                 let operands = Operands {
-                    out: out.holding(OP, "values of the output", num_rows * heads * head_dim, size)?,
-                    qkv: qkv.holding(OP, "values of qkv", num_rows * (heads + 2 * kv_heads) * head_dim, size)?,
+                    out: (
+                        out.holding(OP, "values of the output", num_rows * heads * head_dim, size)?,
+                        (heads * head_dim) as u32,
+                    ),
+                    q: (
+                        qkv.holding(OP, "values of qkv", num_rows * (heads + 2 * kv_heads) * head_dim, size)?,
+                        ((heads + 2 * kv_heads) * head_dim) as u32,
+                    ),
                     cache: maps,
                     tiles: tiles.holding(OP, "tiles", num_tiles, 16)?,
                     num_tiles: num_tiles as u32,

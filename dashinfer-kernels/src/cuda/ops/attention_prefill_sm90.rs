@@ -17,6 +17,15 @@ pub(crate) static UNIT: Unit =
 /// Rows of a [`PrefillTile`](crate::cuda::plan::PrefillTile), at most.
 pub(crate) const TILE_ROWS: u32 = 128;
 
+/// Sizes of keys and of values that there are kernels for.
+pub(crate) const HEAD_DIMS: [[u32; 2]; 7] =
+    [[64, 64], [80, 80], [96, 96], [128, 128], [192, 192], [256, 256], [192, 128]];
+
+/// The compiler's options for them.
+pub(crate) fn options([head_dim, value_dim]: [u32; 2]) -> [String; 2] {
+    [format!("-DHEAD_DIM={head_dim}"), format!("-DVALUE_DIM={value_dim}")]
+}
+
 /// The shape of a layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shape {
@@ -26,8 +35,10 @@ pub(crate) struct Shape {
     pub(crate) num_heads: u32,
     /// `K`; divides `H`.
     pub(crate) num_kv_heads: u32,
-    /// `D`: 64, 80, 96, 128, 192 or 256.
+    /// `D`, of queries and keys: 64, 80, 96, 128, 192 or 256.
     pub(crate) head_dim: u32,
+    /// Of values: `D`, or 128 beside 192.
+    pub(crate) value_dim: u32,
     /// `B`: 16, 32, 64 or 128.
     pub(crate) block_size: u32,
 }
@@ -35,7 +46,7 @@ pub(crate) struct Shape {
 impl Shape {
     /// Keys of a tile, as in the kernel.
     const fn tile_keys(&self) -> u32 {
-        if self.head_dim <= 128 { 128 } else { 64 }
+        if self.value_dim <= 128 { 128 } else { 64 }
     }
 
     /// Bytes of a chunk of columns, as in the kernel.
@@ -49,7 +60,7 @@ impl Shape {
 
     /// Queries of two warpgroups, two stages of keys and values, barriers, and what aligns them to 1024.
     const fn shared_bytes(&self) -> u32 {
-        (TILE_ROWS + 4 * self.tile_keys()) * self.head_dim * 2 + 64 + 1024
+        (TILE_ROWS * self.head_dim + 2 * self.tile_keys() * (self.head_dim + self.value_dim)) * 2 + 64 + 1024
     }
 }
 
@@ -63,10 +74,10 @@ pub(crate) struct CacheMaps {
 /// The operands of a step: addresses on the device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Operands<'a> {
-    /// `[T, H * D]`.
-    pub(crate) out: u64,
-    /// `[T, (H + 2K) * D]`; its first `H * D` columns are read.
-    pub(crate) qkv: u64,
+    /// `T` rows that start with `H * V` values, so many apart.
+    pub(crate) out: (u64, u32),
+    /// `T` rows that start with `H * D` values, so many apart.
+    pub(crate) q: (u64, u32),
     /// Keys and values of everything up to and with each tile's last row, written before.
     pub(crate) cache: &'a CacheMaps,
     /// [`PrefillTile`](crate::cuda::plan::PrefillTile)s.
@@ -94,7 +105,7 @@ impl AttentionPrefillSm90 {
     pub(crate) fn supports(device: &Device, shape: &Shape) -> bool {
         device.arch.number() == 90
             && matches!(shape.dtype, DType::BF16 | DType::F16)
-            && matches!(shape.head_dim, 64 | 80 | 96 | 128 | 192 | 256)
+            && HEAD_DIMS.contains(&[shape.head_dim, shape.value_dim])
             && matches!(shape.block_size, 16 | 32 | 64 | 128)
     }
 
@@ -126,32 +137,35 @@ impl AttentionPrefillSm90 {
             (shape.num_heads / num_kv_heads * num_kv_heads) as usize,
             shape.num_heads as usize,
         )?;
-        let (dtype, head_dim) = (format!("-DDASH_TYPE={}", shape.dtype), format!("-DHEAD_DIM={}", shape.head_dim));
-        let kernel = device.kernel(&UNIT, &[&dtype, &head_dim, option], &format!("{OP}_{}", shape.dtype))?;
+        let dtype = format!("-DDASH_TYPE={}", shape.dtype);
+        let [head_dim, value_dim] = options([shape.head_dim, shape.value_dim]);
+        let kernel =
+            device.kernel(&UNIT, &[&dtype, &head_dim, &value_dim, option], &format!("{OP}_{}", shape.dtype))?;
         let kernel = kernel.with_shared(shape.shared_bytes())?;
         Ok(Self { device: Arc::clone(device), kernel, shape })
     }
 
-    /// For a layer whose keys and values, each `[num_blocks, K, B, D]`, are at `k` and `v`.
+    /// For a layer whose keys and values, `[num_blocks, K, B, D]` and `[num_blocks, K, B, V]`, are at `k` and `v`.
     ///
     /// # Errors
     /// [`KernelError::Device`] if the driver refuses, which it does for addresses that are not multiples of 16.
     pub(crate) fn cache_maps(&self, k: u64, v: u64, num_blocks: usize) -> Result<CacheMaps, KernelError> {
-        let Shape { dtype, num_kv_heads, head_dim, block_size, .. } = self.shape;
-        let (row, swizzle_bytes) = (u64::from(head_dim) * 2, self.shape.swizzle_bytes());
-        let head = row * u64::from(block_size);
-        let map = |base| {
+        let Shape { dtype, num_kv_heads, head_dim, value_dim, block_size, .. } = self.shape;
+        let swizzle_bytes = self.shape.swizzle_bytes();
+        let map = |base, dim: u32| {
+            let row = u64::from(dim) * 2;
+            let head = row * u64::from(block_size);
             let boxes = Boxes {
                 dtype,
                 base,
-                dims: [head_dim.into(), block_size.into(), num_kv_heads.into(), num_blocks as u64],
+                dims: [dim.into(), block_size.into(), num_kv_heads.into(), num_blocks as u64],
                 stride_bytes: [2, row, head, head * u64::from(num_kv_heads)],
                 box_dims: [swizzle_bytes / 2, block_size.min(self.shape.tile_keys()), 1, 1],
                 swizzle_bytes,
             };
             TensorMap::new(&self.device, &boxes)
         };
-        Ok(CacheMaps { k: map(k)?, v: map(v)? })
+        Ok(CacheMaps { k: map(k, head_dim)?, v: map(v, value_dim)? })
     }
 
     /// Attention of the rows of `tiles`; other rows of `out` are left alone.
@@ -171,8 +185,8 @@ impl AttentionPrefillSm90 {
     unsafe fn launch_blocks(&self, operands: &Operands<'_>, blocks: u32) -> Result<(), KernelError> {
         let Shape { num_heads, num_kv_heads, block_size, .. } = self.shape;
         let mut args = Args::new()
-            .ptr(operands.out)
-            .ptr(operands.qkv)
+            .ptr(operands.out.0)
+            .ptr(operands.q.0)
             .value(&operands.cache.k)
             .value(&operands.cache.v)
             .ptr(operands.tiles)
@@ -182,6 +196,8 @@ impl AttentionPrefillSm90 {
             .u32(num_kv_heads)
             .u32(block_size)
             .u32(operands.window)
+            .u32(operands.q.1)
+            .u32(operands.out.1)
             .f32(operands.scale);
         let launch = Launch { grid: [blocks, 1, 1], block: 384, shared: self.shape.shared_bytes() };
         // SAFETY: the parameters are those of the kernel; the caller answers for the addresses.
@@ -221,7 +237,14 @@ mod tests {
     }
 
     const BASE: Case = Case {
-        shape: Shape { dtype: DType::BF16, num_heads: 4, num_kv_heads: 2, head_dim: 128, block_size: 64 },
+        shape: Shape {
+            dtype: DType::BF16,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 128,
+            value_dim: 128,
+            block_size: 64,
+        },
         window: 0,
         sequences: &[(300, 300)],
         data: Data::Random,
@@ -229,8 +252,8 @@ mod tests {
     };
 
     fn check_case(device: &Arc<Device>, case: Case) {
-        let Shape { dtype, num_heads, num_kv_heads, head_dim, block_size } = case.shape;
-        let [h, kv, d, b] = [num_heads, num_kv_heads, head_dim, block_size].map(|n| n as usize);
+        let Shape { dtype, num_heads, num_kv_heads, head_dim, value_dim, block_size } = case.shape;
+        let [h, kv, d, dv, b] = [num_heads, num_kv_heads, head_dim, value_dim, block_size].map(|n| n as usize);
         let kernel = AttentionPrefillSm90::new(device, case.shape).unwrap();
         let mut random = SplitMix64(0x5eed ^ u64::from(head_dim) << 20 ^ u64::from(block_size));
 
@@ -262,7 +285,7 @@ mod tests {
 
         // What is not a key or value of a sequence is NaN, as are the queries of nobody's rows.
         let mut qkv = vec![f32::NAN; num_rows * columns];
-        let mut cache = [vec![f32::NAN; num_blocks * kv * b * d], vec![f32::NAN; num_blocks * kv * b * d]];
+        let mut cache = [d, dv].map(|dim| vec![f32::NAN; num_blocks * kv * b * dim]);
         for (&(context, rows), &(first_row, first_block)) in case.sequences.iter().zip(&firsts) {
             for q in &mut qkv[first_row * columns..(first_row + rows) * columns] {
                 *q = if case.data == Data::NoQueries { 0.0 } else { 8.0 * random.value() };
@@ -270,11 +293,10 @@ mod tests {
             for key in 0..context {
                 let block = table[first_block + key / b] as usize;
                 for head in 0..kv {
-                    let at = ((block * kv + head) * b + key % b) * d;
-                    for i in 0..d {
-                        cache[0][at + i] = random.value();
-                        cache[1][at + i] =
-                            if case.data == Data::ColumnNumbers { i as f32 / 256.0 } else { random.value() };
+                    let at = (block * kv + head) * b + key % b;
+                    cache[0][at * d..][..d].fill_with(|| random.value());
+                    for (i, value) in cache[1][at * dv..][..dv].iter_mut().enumerate() {
+                        *value = if case.data == Data::ColumnNumbers { i as f32 / 256.0 } else { random.value() };
                     }
                 }
             }
@@ -282,13 +304,13 @@ mod tests {
         let stored = [&qkv, &cache[0], &cache[1]].map(|values| to_bytes(values, dtype));
         let buffers = stored.each_ref().map(|bytes| upload(device, bytes));
         let [qkv, k, v] = stored.each_ref().map(|bytes| to_f32(bytes, dtype));
-        let out = poisoned(device, num_rows * h * d * 2);
+        let out = poisoned(device, num_rows * h * dv * 2);
         let (tiles_buffer, table_buffer) = (upload(device, bytemuck::cast_slice(&tiles)), words(device, &table));
         let maps = kernel.cache_maps(buffers[1].ptr(), buffers[2].ptr(), num_blocks).unwrap();
         let scale = 1.0 / (d as f32).sqrt();
         let operands = Operands {
-            out: out.ptr(),
-            qkv: buffers[0].ptr(),
+            out: (out.ptr(), (h * dv) as u32),
+            q: (buffers[0].ptr(), columns as u32),
             cache: &maps,
             tiles: tiles_buffer.ptr(),
             num_tiles: tiles.len() as u32,
@@ -320,20 +342,20 @@ mod tests {
                     let q = &qkv[(first_row + row) * columns + head * d..][..d];
                     let place = |key: usize| {
                         let block = table[first_block + key / b] as usize;
-                        ((block * kv + head / (h / kv)) * b + key % b) * d
+                        (block * kv + head / (h / kv)) * b + key % b
                     };
                     let scores: Vec<f32> = (begin..=position)
-                        .map(|key| q.iter().zip(&k[place(key)..]).map(|(q, k)| q * k).sum::<f32>() * scale)
+                        .map(|key| q.iter().zip(&k[place(key) * d..]).map(|(q, k)| q * k).sum::<f32>() * scale)
                         .collect();
                     let highest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let (mut want, mut total) = (vec![0f32; d], 0f32);
+                    let (mut want, mut total) = (vec![0f32; dv], 0f32);
                     for (key, score) in (begin..).zip(&scores) {
                         let weight = (score - highest).exp();
                         total += weight;
-                        want.iter_mut().zip(&v[place(key)..]).for_each(|(o, v)| *o += weight * v);
+                        want.iter_mut().zip(&v[place(key) * dv..]).for_each(|(o, v)| *o += weight * v);
                     }
                     for (i, want) in want.iter().map(|o| o / total).enumerate() {
-                        let found = found[((first_row + row) * h + head) * d + i];
+                        let found = found[((first_row + row) * h + head) * dv + i];
                         let error = (found - want).abs();
                         assert!(
                             error <= tolerance,
@@ -350,7 +372,7 @@ mod tests {
         let deviation = (squares / f64::from(count)).sqrt();
         assert!(deviation <= f64::from(tolerance) / 2.0, "{case:?}: deviation {deviation}, worst {worst}");
         for row in (0..num_rows).filter(|&row| !owned[row]) {
-            let untouched = bytes[row * h * d * 2..(row + 1) * h * d * 2].iter().all(|&byte| byte == 0xff);
+            let untouched = bytes[row * h * dv * 2..(row + 1) * h * dv * 2].iter().all(|&byte| byte == 0xff);
             assert!(untouched, "{case:?}: row {row} is nobody's, and was written");
         }
     }
@@ -367,9 +389,9 @@ mod tests {
     }
 
     fn with_head_dims(case: Case) -> impl Iterator<Item = Case> {
-        [128, 64, 80, 96, 192, 256]
+        HEAD_DIMS
             .into_iter()
-            .map(move |head_dim| Case { shape: Shape { head_dim, ..case.shape }, ..case })
+            .map(move |[head_dim, value_dim]| Case { shape: Shape { head_dim, value_dim, ..case.shape }, ..case })
     }
 
     #[test]
@@ -401,8 +423,8 @@ mod tests {
     #[test]
     fn prefill_sm90_block_sizes() {
         for block_size in [16, 32, 64, 128] {
-            for head_dim in [64, 80, 128, 192] {
-                check_all([Case { shape: Shape { block_size, head_dim, ..BASE.shape }, ..BASE }]);
+            for [head_dim, value_dim] in [[64, 64], [80, 80], [128, 128], [192, 192], [192, 128]] {
+                check_all([Case { shape: Shape { block_size, head_dim, value_dim, ..BASE.shape }, ..BASE }]);
             }
         }
     }
@@ -414,7 +436,7 @@ mod tests {
         for block_size in [16, 128] {
             check_all([Case { shape: Shape { block_size, ..BASE.shape }, sequences, ..BASE }]);
         }
-        check_all([Case { shape: Shape { head_dim: 256, ..BASE.shape }, sequences, ..BASE }]);
+        check_all([Case { shape: Shape { head_dim: 256, value_dim: 256, ..BASE.shape }, sequences, ..BASE }]);
     }
 
     #[test]
@@ -430,7 +452,12 @@ mod tests {
         for window in [1, 2, 63, 64, 65, 128, 200, 512, 10_000] {
             check_all([Case { window, sequences, ..BASE }]);
         }
-        check_all([Case { shape: Shape { head_dim: 256, ..BASE.shape }, window: 100, sequences, ..BASE }]);
+        check_all([Case {
+            shape: Shape { head_dim: 256, value_dim: 256, ..BASE.shape },
+            window: 100,
+            sequences,
+            ..BASE
+        }]);
     }
 
     #[test]
@@ -468,31 +495,32 @@ mod tests {
             eprintln!("skipped: for SM90, not {}", device.arch);
             return;
         }
-        // D, H, K, B, context, rows, window
-        for [d, h, kv, b, context, rows, window] in [
-            [128, 28, 4, 64, 8192, 8192, 0],
-            [128, 28, 4, 16, 8192, 8192, 0],
-            [128, 28, 4, 128, 8192, 8192, 0],
-            [128, 28, 4, 64, 2048, 2048, 0],
-            [128, 28, 4, 64, 1024, 1024, 0],
-            [128, 28, 4, 64, 32768, 2048, 0],
-            [128, 28, 4, 64, 32768, 32768, 0],
-            [128, 28, 4, 64, 8192, 8192, 1024],
-            [128, 32, 32, 64, 8192, 8192, 0],
-            [64, 32, 8, 64, 8192, 8192, 0],
-            [96, 32, 32, 64, 8192, 8192, 0],
-            [192, 16, 16, 64, 8192, 8192, 0],
-            [256, 16, 8, 64, 8192, 8192, 0],
+        // D, V, H, K, B, context, rows, window
+        for [d, dv, h, kv, b, context, rows, window] in [
+            [128, 128, 28, 4, 64, 8192, 8192, 0],
+            [128, 128, 28, 4, 16, 8192, 8192, 0],
+            [128, 128, 28, 4, 128, 8192, 8192, 0],
+            [128, 128, 28, 4, 64, 2048, 2048, 0],
+            [128, 128, 28, 4, 64, 1024, 1024, 0],
+            [128, 128, 28, 4, 64, 32768, 2048, 0],
+            [128, 128, 28, 4, 64, 32768, 32768, 0],
+            [128, 128, 28, 4, 64, 8192, 8192, 1024],
+            [128, 128, 32, 32, 64, 8192, 8192, 0],
+            [64, 64, 32, 8, 64, 8192, 8192, 0],
+            [96, 96, 32, 32, 64, 8192, 8192, 0],
+            [192, 192, 16, 16, 64, 8192, 8192, 0],
+            [192, 128, 16, 16, 64, 8192, 8192, 0],
+            [256, 256, 16, 8, 64, 8192, 8192, 0],
         ] {
-            let [num_heads, num_kv_heads, head_dim, block_size, window] =
-                [h, kv, d, b, window].map(|n: usize| n as u32);
-            let shape = Shape { dtype: DType::BF16, num_heads, num_kv_heads, head_dim, block_size };
+            let [num_heads, num_kv_heads, head_dim, value_dim, block_size, window] =
+                [h, kv, d, dv, b, window].map(|n: usize| n as u32);
+            let shape = Shape { dtype: DType::BF16, num_heads, num_kv_heads, head_dim, value_dim, block_size };
             let [kernel, without_turns] = ["-DTAKE_TURNS=1", "-DTAKE_TURNS=0"]
                 .map(|option| AttentionPrefillSm90::with_option(&device, shape, option).unwrap());
             let num_blocks = context.div_ceil(b);
             let qkv = noise(&device, rows * (h + 2 * kv) * d, DType::BF16);
-            let cache = [(); 2].map(|()| noise(&device, num_blocks * kv * b * d, DType::BF16));
-            let out = device.alloc("bench", rows * h * d * 2).unwrap();
+            let cache = [d, dv].map(|dim| noise(&device, num_blocks * kv * b * dim, DType::BF16));
+            let out = device.alloc("bench", rows * h * dv * 2).unwrap();
             let mut tiles: Vec<PrefillTile> = (0..rows)
                 .step_by(TILE_ROWS as usize)
                 .map(|start| PrefillTile {
@@ -507,8 +535,8 @@ mod tests {
             let (tiles_buffer, table_buffer) = (upload(&device, bytemuck::cast_slice(&tiles)), words(&device, &table));
             let maps = kernel.cache_maps(cache[0].ptr(), cache[1].ptr(), num_blocks).unwrap();
             let operands = Operands {
-                out: out.ptr(),
-                qkv: qkv.ptr(),
+                out: (out.ptr(), (h * dv) as u32),
+                q: (qkv.ptr(), ((h + 2 * kv) * d) as u32),
                 cache: &maps,
                 tiles: tiles_buffer.ptr(),
                 num_tiles: tiles.len() as u32,
@@ -519,7 +547,7 @@ mod tests {
             let seen: usize = (context - rows + 1..=context)
                 .map(|keys| if window == 0 { keys } else { keys.min(window as usize) })
                 .sum();
-            let flop = 4.0 * (d * h * seen) as f64;
+            let flop = 2.0 * ((d + dv) * h * seen) as f64;
             let items = operands.num_tiles * num_heads;
             let persistent = items.min(device.num_sms);
             for (name, kernel, blocks) in [
@@ -542,7 +570,7 @@ mod tests {
                 times.sort_by(f64::total_cmp);
                 let median = times[times.len() / 2];
                 eprintln!(
-                    "attention_prefill_sm90/bf16/D{d} H{h} K{kv} B{b} rows {rows} of {context} window {window}   {:8.1} us   {:5.1} TFLOP/s   {name}",
+                    "attention_prefill_sm90/bf16/D{d} V{dv} H{h} K{kv} B{b} rows {rows} of {context} window {window}   {:8.1} us   {:5.1} TFLOP/s   {name}",
                     median * 1e6,
                     flop / median / 1e12
                 );

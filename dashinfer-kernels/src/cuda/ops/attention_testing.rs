@@ -261,6 +261,7 @@ pub(super) fn check(device: &Arc<Device>, kernels: &Kernels, case: &Case, seed: 
 fn plan_of(case: &Case, batch: &PagedBatch, kernels: &Kernels, min_split: usize) -> AttentionPlan {
     let AttentionParams { num_kv_heads, window, .. } = case.params;
     let params = PlanParams {
+        expand: false,
         grid: kernels.grid(),
         num_kv_heads,
         window: window.filter(|_| case.plan_knows_window),

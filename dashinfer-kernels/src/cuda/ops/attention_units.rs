@@ -54,7 +54,12 @@ impl Partials<'_> {
     }
 
     /// The addresses of `out`, `ml` and `tickets`.
-    fn checked(&self, op: &'static str, num_heads: usize, head_dim: usize) -> Result<[u64; 3], KernelError> {
+    pub(in crate::cuda::ops) fn checked(
+        &self,
+        op: &'static str,
+        num_heads: usize,
+        head_dim: usize,
+    ) -> Result<[u64; 3], KernelError> {
         Ok([
             self.out.holding(op, "values of the partial results", self.num_slots * num_heads * head_dim, 4)?,
             self.ml.holding(op, "weights of the partial results", self.num_slots * num_heads * 2, 4)?,
@@ -66,23 +71,23 @@ impl Partials<'_> {
 /// The kernels' parameters (`attention_units.cuh`).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(super) struct DecodeParams {
-    out: u64,
-    qkv: u64,
-    k_cache: u64,
-    v_cache: u64,
-    units: u64,
-    num_units: u64,
-    block_table: u64,
-    partial_out: u64,
-    partial_ml: u64,
-    tickets: u64,
-    num_heads: u32,
-    num_kv_heads: u32,
-    head_dim: u32,
-    block_size: u32,
-    window: u32,
-    scale: f32,
+pub(in crate::cuda::ops) struct DecodeParams {
+    pub(in crate::cuda::ops) out: u64,
+    pub(in crate::cuda::ops) qkv: u64,
+    pub(in crate::cuda::ops) k_cache: u64,
+    pub(in crate::cuda::ops) v_cache: u64,
+    pub(in crate::cuda::ops) units: u64,
+    pub(in crate::cuda::ops) num_units: u64,
+    pub(in crate::cuda::ops) block_table: u64,
+    pub(in crate::cuda::ops) partial_out: u64,
+    pub(in crate::cuda::ops) partial_ml: u64,
+    pub(in crate::cuda::ops) tickets: u64,
+    pub(in crate::cuda::ops) num_heads: u32,
+    pub(in crate::cuda::ops) num_kv_heads: u32,
+    pub(in crate::cuda::ops) head_dim: u32,
+    pub(in crate::cuda::ops) block_size: u32,
+    pub(in crate::cuda::ops) window: u32,
+    pub(in crate::cuda::ops) scale: f32,
 }
 
 impl DecodeOperands<'_> {

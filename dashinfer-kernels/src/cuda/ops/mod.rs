@@ -8,6 +8,7 @@ pub(crate) mod attention_simple;
 pub(crate) mod attention_units;
 pub(crate) mod embed;
 pub(crate) mod gather_rows;
+pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod moe;
 pub(crate) mod operand;
