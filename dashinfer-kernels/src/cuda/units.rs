@@ -96,6 +96,7 @@ fn sorted<S: AsRef<str>>(options: &[S]) -> Vec<&str> {
 /// What the files include, by the name that they include it under. The compiler gets the texts: a machine that runs kernels
 /// has no copy of the files.
 pub(crate) static HEADERS: &[(&str, &str)] = &[
+    ("activation.cuh", include_str!("../../cuda/activation.cuh")),
     ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("hopper.cuh", include_str!("../../cuda/hopper.cuh")),
@@ -143,6 +144,12 @@ pub static UNITS: &[Listed] = &[
         },
     },
     Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed {
+        unit: &ops::gate::UNIT,
+        archs: Archs::ALL,
+        types: ALL_TYPES,
+        variants: |_| ops::activation::OPTIONS.map(|option| vec![option.to_owned()]).to_vec(),
+    },
     Listed { unit: &ops::gather_rows::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::linear::rows::UNIT, archs: Archs::SINCE_SM80, types: HALVES, variants: linear_rows },
     Listed { unit: &ops::linear::SIMPLE, archs: Archs::BEFORE_SM80, types: ALL_TYPES, variants: linear_simple },
@@ -171,7 +178,7 @@ pub static UNITS: &[Listed] = &[
     Listed { unit: &ops::rms_norm::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::rope::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::sample::UNIT, archs: Archs::ALL, types: &[DType::F32], variants: one },
-    Listed { unit: &ops::silu_mul::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::soft_cap::UNIT, archs: Archs::ALL, types: &[DType::F32], variants: one },
 ];
 
 /// Every tile, for rows that are aligned and not, with each kind of result: T, f32, gated T.
