@@ -524,11 +524,8 @@ impl Backend for CudaBackend {
         sinks: Option<&CudaVector>,
     ) -> Result<(), KernelError> {
         const OP: &str = "attention";
-        if sinks.is_some() {
-            return Err(unsupported(OP, Feature::AttentionSinks));
-        }
-        if params.soft_cap.is_some() {
-            return Err(unsupported(OP, Feature::AttentionSoftCap));
+        if let Some(sinks) = sinks {
+            check(OP, "length of the sinks", params.num_heads, sinks.len)?;
         }
         self.check_attention(OP, qkv, cache, layer, params)?;
         out.resize(OP, qkv.rows, params.num_heads * params.head_dim)?;
@@ -547,6 +544,7 @@ impl Backend for CudaBackend {
             tiles: self.steps.section(section::TILES)?,
             block_table: self.steps.section(section::BLOCK_TABLE)?,
             rope: left.and_then(|(_, rope)| rope.within_decode()),
+            sinks: sinks.map(|sinks| (&sinks.buffer).into()),
         };
         // SAFETY: activations, cache and weights stay where they are until the step ends (`Backend::rope_and_cache`).
         unsafe { self.attention.run(&operands, params, &self.plan, self.max_slots) }

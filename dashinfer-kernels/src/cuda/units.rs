@@ -103,6 +103,7 @@ pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("moe.cuh", include_str!("../../cuda/moe.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
     ("rope.cuh", include_str!("../../cuda/rope.cuh")),
+    ("softmax.cuh", include_str!("../../cuda/softmax.cuh")),
 ];
 
 const ALL_TYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
@@ -115,32 +116,31 @@ pub static UNITS: &[Listed] = &[
         unit: &ops::attention_decode::UNIT,
         archs: Archs::SINCE_SM80,
         types: HALVES,
-        variants: |arch| ops::attention_decode::variants(arch).map(|variant| variant.options().to_vec()).collect(),
+        variants: |arch| ops::attention_decode::variants(arch).map(|variant| variant.options()).collect(),
     },
     Listed {
         unit: &ops::attention_prefill_sm80::UNIT,
         archs: Archs::SINCE_SM80,
         types: HALVES,
         variants: |arch| {
-            let of = |head_dim| ops::attention_prefill_sm80::options(arch, head_dim).to_vec();
-            ops::attention_prefill_sm80::HEAD_DIMS.map(of).to_vec()
+            capped_or_not(&ops::attention_prefill_sm80::HEAD_DIMS, |head_dim, is_capped| {
+                ops::attention_prefill_sm80::options(arch, head_dim, is_capped)
+            })
         },
     },
     Listed {
         unit: &ops::attention_prefill_sm90::UNIT,
         archs: Archs::SM90,
         types: HALVES,
-        variants: |_| {
-            let of = |head_dim| vec![format!("-DHEAD_DIM={head_dim}"), "-DTAKE_TURNS=1".to_string()];
-            [64, 80, 96, 128, 192, 256].map(of).to_vec()
-        },
+        variants: |_| capped_or_not(&ops::attention_prefill_sm90::HEAD_DIMS, ops::attention_prefill_sm90::options),
     },
     Listed {
         unit: &ops::attention_simple::UNIT,
         archs: Archs::ALL,
         types: ALL_TYPES,
         variants: |_| {
-            ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| vec![ops::attention_simple::option(pairs)]).collect()
+            let pairs = ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| pairs).collect::<Vec<_>>();
+            capped_or_not(&pairs, ops::attention_simple::options)
         },
     },
     Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
@@ -180,6 +180,11 @@ pub static UNITS: &[Listed] = &[
     Listed { unit: &ops::sample::UNIT, archs: Archs::ALL, types: &[DType::F32], variants: one },
     Listed { unit: &ops::soft_cap::UNIT, archs: Archs::ALL, types: &[DType::F32], variants: one },
 ];
+
+/// Every size, with scores that are capped and scores that are not.
+fn capped_or_not<S: Copy>(sizes: &[S], options: impl Fn(S, bool) -> Vec<String>) -> Vec<Vec<String>> {
+    sizes.iter().flat_map(|&size| [false, true].map(|is_capped| options(size, is_capped))).collect()
+}
 
 /// Every tile, for rows that are aligned and not, with each kind of result: T, f32, gated T.
 fn linear_rows(arch: Arch) -> Vec<Vec<String>> {
