@@ -2,6 +2,7 @@
 // Decode attention over the paged cache, on tensor cores.
 //
 //   out[row, h, :] = sum_p softmax_p(scale * q[row, h, :] . k[p, h / G, :]) * v[p, h / G, :]      G = H / K <= 16
+// With SOFT_CAP scores are capped; a sink joins the softmax of its head (softmax.cuh).
 //
 // q: heads of qkv [rows, (H + 2 K) * D]   k, v: blocks [K, B, D]   out: [rows, H * D]   all T; sums and softmax in f32.
 //
@@ -251,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, BLOCKS) KERNEL(atte
     const u32 warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const u32 g = lane / 4, t = lane % 4;
     const u32 group = p.num_heads / p.num_kv_heads;
-    const float scale = p.scale * LOG2_E;
+    const Scores scores(p.scale, p.soft_cap);
 
     u8* const own = rings + warp * RING_BYTES;
     const u32 ring = smem_u32(own);
@@ -381,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, BLOCKS) KERNEL(atte
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const u32 at = position + 8 * n + 2 * t + j % 2;
-                    s[n][j] = masked && (at < low || at >= end) ? -INF : s[n][j] * scale;
+                    s[n][j] = masked && (at < low || at >= end) ? -INF : scores.capped(s[n][j] * scores.scale);
                     top[j / 2] = fmaxf(top[j / 2], s[n][j]);
                 }
 #pragma unroll
@@ -459,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, BLOCKS) KERNEL(atte
             }
             const u32 of_all = kv_head * group + head;
             if (unit.num_splits == 1) {
-                const float inverse = inverse_sum(sum);
+                const float inverse = inverse_with_sink(top, sum, p.sinks, of_all);
                 store_pair(p.out + (u64(unit.row) * p.num_heads + of_all) * D + d, x * inverse, y * inverse);
             } else {
                 const u64 at = u64(unit.slot) * p.num_heads + of_all;

@@ -2,6 +2,7 @@
 //
 //   out[r, h, :] = sum_p softmax_p(scale * q[r, h, :] . k[p, h / (H / K), :]) * v[p, h / (H / K), :]
 // for row r at position P, over positions p in 0..=P, or P - window + 1 ..= P where window > 0. f32 sums and softmax, P in T.
+// With SOFT_CAP scores are capped; a sink joins the softmax of its head (softmax.cuh).
 //   qkv: [T, (H + 2K) * D]   out: [T, H * D]   k_cache, v_cache: [blocks, K, B, D], the rows' own keys already in them.
 // Method: FlashAttention-2, <https://arxiv.org/abs/2307.08691>.
 //
@@ -27,6 +28,7 @@
 // Limit: the tensor cores, 4 * D FLOP for each visible position of each row and head.
 // nvrtc: sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
 #include "mma.cuh"
+#include "softmax.cuh"
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -69,11 +71,6 @@ __device__ __forceinline__ u32 key(u32 row) { return row >> KEY_SHIFT & KEY_MASK
 // Bytes from the start of a buffer to piece c of a row.
 __device__ __forceinline__ u32 piece_at(u32 row, u32 c) { return (row * C + (c ^ key(row))) * 16; }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
@@ -87,7 +84,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL(attention_prefill_sm80)(T* out, const T* qkv, const T* k_cache, const T* v_cache, const PrefillTile* tiles,
                                    const u32* block_table, u32 num_heads, u32 num_kv_heads, u32 block_size, u32 window,
-                                   float scale) {
+                                   float scale, float soft_cap, const float* sinks) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) u8 shared[];
     __shared__ u32 group_row[2][NUM_GROUPS]; // rows of the cache where the groups of a tile of positions start
@@ -176,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int step = 0; step < D / 16; step++) load_q(kept_q[step], step);
     }
-    const float scale_log2 = scale * 1.4426950408889634f;
+    const Scores scores(scale, soft_cap);
+    const float scale_log2 = SOFT_CAP ? 1.f : scores.scale; // of what is left in `s`
 
     for (u32 start = first_tile, slot = 0; start < kv_end; start += TILE_N, slot ^= 1) {
         const bool more = start + TILE_N < kv_end;
@@ -219,6 +217,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         if (!sees) continue;
 
+        if constexpr (SOFT_CAP) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+                for (int n = 0; n < TILE_N / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) s[m][n][i] = scores.capped(s[m][n][i] * scores.scale);
+        }
         // Only a tile that crosses the diagonal or the start of a window hides something from the warp's rows.
         if (start + TILE_N - 1 > warp_first || (window != 0 && start + window <= warp_last)) {
 #pragma unroll
@@ -288,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float inverse = 1.f / quad_sum(row_sum[m][half]);
+            const float inverse = inverse_with_sink(row_max[m][half] * scale_log2, quad_sum(row_sum[m][half]), sinks, head);
             const u32 row = warp_row + m * 16 + half * 8 + g;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {

@@ -1,5 +1,6 @@
 // nvrtc: sm_90a
 // out[t, h, :] = sum_j p[j] * v[j, h', :],  p = softmax_j(scale * q[t, h, :] · k[j, h', :])  over the keys j that row t sees
+// With SOFT_CAP scores are capped; a sink joins the softmax of its head (softmax.cuh).
 //
 // Prefill, for SM90: causal, with an optional sliding window, over the paged cache. T: bf16, f16.
 //   q: rows of H * D values and more behind them   out: rows of H * V   k, v maps: [num_blocks, K, B, D and V]   h' = h / (H / K)
@@ -13,6 +14,7 @@
 // (D = 128), hidden behind them.
 #include "hopper.cuh"
 #include "mma.cuh"
+#include "softmax.cuh"
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -177,16 +179,17 @@ __device__ __forceinline__ void multiply_values(float (&o)[V / 2], const u32 (&p
     wgmma_commit();
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Values of two rows, g and g + 8 of the warp's 16.
 struct Pair {
     float at[2];
 };
+
+__device__ __forceinline__ void cap(float (&s)[KEYS / 2], const Scores& scores) {
+    if constexpr (SOFT_CAP) {
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; ++i) s[i] = scores.capped(s[i] * scores.scale);
+    }
+}
 
 // Hides the keys that a row does not see. `row`: position of row g minus the tile's first key and this lane's first column.
 __device__ __forceinline__ void mask(float (&s)[KEYS / 2], int row, u32 window) {
@@ -282,8 +285,9 @@ __device__ __forceinline__ void clear_values(u32 tile, u32 first, u32 group, u32
     barrier_sync(GROUP + group, 128);
 }
 
-__device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out, const T* q_rows, size_t q_row, size_t out_row, float scale, u32 group,
-                                        u32 thread) {
+__device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out, const T* q_rows, size_t q_row, size_t out_row, const Scores& scores,
+                                        const float* sinks, u32 group, u32 thread) {
+    const float scale = SOFT_CAP ? 1.f : scores.scale; // of what is left in `s`
     const u32 warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const u32 row_in_tile = group * ROWS + warp * 16 + g;
     const u32 q_at = smem + group * Q_BYTES;
@@ -325,6 +329,7 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
             wgmma_wait<0>();
             hold(s);
             release(K_EMPTY, k);
+            cap(s, scores);
             mask(s, position - int(keys * KEYS), problem.window);
             softmax(s, max_score, sum, scale);
             pack(p, s);
@@ -347,6 +352,7 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
                 wgmma_wait<1>();
                 hold(s);
                 release(K_EMPTY, k);
+                cap(s, scores);
                 const int first_key = int(keys * KEYS);
                 if (first_key + KEYS - 1 > first_position || (problem.window && first_key <= last_position - int(problem.window)))
                     mask(s, position - first_key, problem.window);
@@ -378,9 +384,11 @@ __device__ __forceinline__ void consume(const Problem& problem, u32 smem, T* out
                 float total = sum.at[half];
                 total += __shfl_xor_sync(ALL_LANES, total, 1);
                 total += __shfl_xor_sync(ALL_LANES, total, 2);
+                float by = __fdividef(1.f, total);
+                if (sinks != nullptr) by = inverse_with_sink(max_score.at[half] * scale, total, sinks, item.head);
                 const u32 row = row_in_tile + 8 * half;
                 T* to = out + (item.first_row + size_t(row)) * out_row + item.head * V;
-                write_row(to, o, half, __fdividef(1.f, total), t, row < item.num_rows);
+                write_row(to, o, half, by, t, row < item.num_rows);
             }
         } else if (next.num_rows) {
             load_queries(next, q_at, q_rows, q_row, group, thread);
@@ -396,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     KERNEL(attention_prefill_sm90)(T* __restrict__ out, const T* __restrict__ q, const __grid_constant__ TensorMap k_map,
                                    const __grid_constant__ TensorMap v_map, const PrefillTile* __restrict__ tiles,
                                    const u32* __restrict__ block_table, u32 num_tiles, u32 num_heads, u32 num_kv_heads, u32 block_size, u32 window,
-                                   u32 q_row, u32 out_row, float scale) {
+                                   u32 q_row, u32 out_row, float scale, float soft_cap, const float* __restrict__ sinks) {
 #if __CUDA_ARCH__ == 900
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = (smem_u32(shared) + 1023) / 1024 * 1024;
@@ -419,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (warp == 4 * CONSUMERS) produce(problem, smem, &k_map, &v_map, block_table, 31 - __clz(block_size), threadIdx.x % 32);
     } else {
         take_registers<232>();
-        consume(problem, smem, out, q, q_row, out_row, scale * 1.44269504f, group, threadIdx.x % 128);
+        consume(problem, smem, out, q, q_row, out_row, Scores(scale, soft_cap), sinks, group, threadIdx.x % 128);
     }
 #endif
 }

@@ -2,6 +2,7 @@
 // Attention over the paged cache without tensor cores: any T, any even head size up to 256, any H / K, SM70 and newer.
 //
 //   out[row, h, :] = sum_p softmax_p(scale * q[row, h, :] . k[p, h / G, :]) * v[p, h / G, :]      G = H / K
+// With SOFT_CAP scores are capped; a sink joins the softmax of its head (softmax.cuh).
 //
 // q: heads of qkv [rows, (H + 2 K) * D]   k, v: blocks [K, B, D]   out: [rows, H * D]   all T; arithmetic in f32.
 //
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_si
     const u32 group = p.num_heads / p.num_kv_heads, num_parts = (group + HEADS - 1) / HEADS;
     const u32 block_shift = log2_of(p.block_size);
     const u64 head_stride = u64(p.block_size) * dim, block_stride = head_stride * p.num_kv_heads;
-    const float scale = p.scale * LOG2_E;
+    const Scores scores(p.scale, p.soft_cap);
 
     const u32 per_unit = p.num_kv_heads * num_parts;
     const u32 num_items = *p.num_units * per_unit;
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_si
             for (int i = 0; i < PAIRS; i++) {
                 const u32 pair = i * 32 + lane;
                 q[h][i] = load_pair(q_row + h * dim + pair * 2, h < num_heads && pair < half);
-                q[h][i].x *= scale, q[h][i].y *= scale;
+                q[h][i].x *= scores.scale, q[h][i].y *= scores.scale;
                 acc[h][i] = float2{0.f, 0.f};
             }
             m[h] = -INF, l[h] = 0.f;
@@ -96,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_si
                     s[j] = 0.f;
 #pragma unroll
                     for (int i = 0; i < PAIRS; i++) s[j] += q[h][i].x * k[j][i].x + q[h][i].y * k[j][i].y;
-                    s[j] = warp_sum(s[j]); // the same bits in every lane
+                    s[j] = scores.capped(warp_sum(s[j])); // the same bits in every lane
                     if (position + j < low || position + j >= end) s[j] = -INF;
                     top = fmaxf(top, s[j]);
                 }
@@ -136,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32) KERNEL(attention_si
                 y += parts[w][head][pair].y * weight;
             }
             if (unit.num_splits == 1) {
-                const float inverse = inverse_sum(sum);
+                const float inverse = inverse_with_sink(top, sum, p.sinks, first_head + head);
                 const u64 to = (u64(unit.row) * p.num_heads + first_head + head) * dim + pair * 2;
                 store_pair(p.out + to, x * inverse, y * inverse);
             } else {

@@ -1,15 +1,14 @@
 // What the decode kernels share: the work list, how it is walked, and how the parts of a row come together.
 //
-// A unit is a range of positions of one row of the batch; the host splits long rows (src/cuda/plan.rs). A softmax over
-// part of the positions is kept as three things: m, the largest score (times log2 e); l, the sum of exp2(score - m); and
-// acc, the sum of exp2(score - m) * value. Two parts merge as
+// A unit is a range of positions of one row of the batch; the host splits long rows (src/cuda/plan.rs). The softmax over
+// part of the positions is kept as m, l and acc (softmax.cuh). Two parts merge as
 //     m = max(m1, m2)   l = l1 * exp2(m1 - m) + l2 * exp2(m2 - m)   acc likewise      out = acc / l
-// A part that saw no position has m = -inf, l = 0, acc = 0, and weighs nothing.
+// A part that saw no position has m = -inf, l = 0, acc = 0, and weighs nothing. A head's sink joins the last of them.
 //
 // Parts of one row are left in global memory. Each block that is done with a part draws a ticket; the one that draws the
 // last finds all parts there, and merges them in the order of the splits: the result does not tell which block it was.
 #pragma once
-#include "common.cuh"
+#include "softmax.cuh"
 
 struct alignas(16) DecodeUnit {
     u32 row;         // of the batch
@@ -32,25 +31,13 @@ struct DecodeParams {
     float* partial_out;   // [slots, H, D]: acc
     float* partial_ml;    // [slots, H, 2]: m and l
     u32* tickets;         // [slots, H]: of a row's first slot and a block's first head; 0 between launches
+    const float* sinks;   // [H]; null: none
     u32 num_heads, num_kv_heads, head_dim;
     u32 block_size;       // 16, 32, 64 or 128
     u32 window;           // 0: none
     float scale;
+    float soft_cap;       // with SOFT_CAP
 };
-
-constexpr float LOG2_E = 1.4426950408889634f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// What a part whose largest score is `m` weighs beside one of `top` >= m. No NaN from -inf - -inf.
-__device__ __forceinline__ float weight_of(float m, float top) { return m == -INF ? 0.f : exp2_approx(m - top); }
-
-// 1 / l; 0 for a row that saw nothing. A NaN stays one.
-__device__ __forceinline__ float inverse_sum(float l) { return l == 0.f ? 0.f : 1.f / l; }
 
 // The item that this block takes in its `wave`-th turn. Units are listed longest first: every other turn goes backwards, so
 // that the block which had the longest item of one turn gets the shortest of the next.
@@ -138,7 +125,7 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const DecodeU
                 for (int n = 0; n < N; n++) acc[n] += part[j].at[n] * weight;
             }
         }
-        const float inverse = inverse_sum(sum);
+        const float inverse = inverse_with_sink(top, sum, p.sinks, first_head + head);
         T* const to = p.out + (u64(unit.row) * p.num_heads + first_head + head) * dim + d;
 #pragma unroll
         for (int n = 0; n < N; n += 2) store_pair(to + n, acc[n] * inverse, acc[n + 1] * inverse);

@@ -23,6 +23,7 @@
 // next to each other in the grid, so that L2 serves all but the first: num_blocks = ceil(N / OUT_COLS) * ceil(M / TILE_M)
 // * CLUSTER. Warp = k_warp * ROW_WARPS + row_warp. SM80 and newer; bf16 and f16.
 // nvrtc: sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
+#include "activation.cuh"
 #include "mma.cuh"
 
 #ifndef TILE_M // rows of x in a tile: 8, 16, 32, 64
@@ -163,9 +164,6 @@ __device__ __forceinline__ void prefetch_rows(const T* w, Place place, int num_c
     }
 }
 #endif
-
-// The same as in silu_mul.cu.
-__device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.f + __expf(-gate)); }
 
 #if CLUSTER > 1
 #define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
@@ -360,7 +358,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, BLOCKS_PER_SM
         const int col = here.first_col + group * 8 + pair / 4 % 8;
         if (col >= num_cols) continue;
         const float gate = total[p][0] + (bias ? bias[col] : 0.f), up = total[p][1] + (bias ? bias[num_cols + col] : 0.f);
-        out_row[col] = from_float<Out>(silu(to_float(from_float<T>(gate))) * to_float(from_float<T>(up)));
+        out_row[col] = from_float<Out>(gated(to_float(from_float<T>(gate)), to_float(from_float<T>(up)), Clamp{}));
 #else
 #pragma unroll
         for (int high = 0; high < 2; high++) {

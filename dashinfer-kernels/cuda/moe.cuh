@@ -35,7 +35,7 @@ __device__ __forceinline__ ExpertTile load_tile(const ExpertTile* tiles, u32 ind
 // Where piece `piece` of row `row` lies in a step, of weights or of x.
 __device__ __forceinline__ u32 place_of(u32 row, u32 piece) { return row * 128 + (piece ^ row % 8) * 16; }
 
-// The same as in silu_mul.cu.
+// The same as in activation.cuh.
 __device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.f + __expf(-gate)); }
 
 // An 8x8 tile of 16-bit values, lane 4g + t with (g, 2t) and (g, 2t + 1), transposed.

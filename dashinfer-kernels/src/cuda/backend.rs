@@ -15,6 +15,7 @@ use super::graph::{Graph, Recording};
 use super::memory::{Buffer, Event};
 use super::ops::attention::{Attention, AttentionOperands};
 use super::ops::embed::Embed;
+use super::ops::gate::Gate;
 use super::ops::gather_rows::GatherRows;
 use super::ops::latent::rope::LatentRopeOperands;
 use super::ops::latent::{LatentAttention, LatentAttentionOperands};
@@ -24,7 +25,7 @@ use super::ops::moe::{CudaExpertScratch, Moe, Operands as MoeOperands};
 use super::ops::rms_norm::RmsNorm;
 use super::ops::rope::{PreparedRope, RopeAndCache, RopeOperands, RopeSizes};
 use super::ops::sample::{CudaSampler, Logits};
-use super::ops::silu_mul::SiluMul;
+use super::ops::soft_cap::SoftCap;
 use super::plan::AttentionPlan;
 use super::records::{Next, Records};
 use super::step::{Steps, section};
@@ -92,8 +93,9 @@ pub struct CudaBackend {
     rope: RopeAndCache,
     attention: Attention,
     latent: LatentAttention,
-    silu: SiluMul,
+    gate: Gate,
     gather: GatherRows,
+    soft_cap: SoftCap,
     /// Made when it is known how many rows it may get.
     sampler: Option<CudaSampler>,
     /// The end of the newest sampling, and one to compare it with.
@@ -139,8 +141,9 @@ impl CudaBackend {
             rope: RopeAndCache::new(device, dtype)?,
             attention: Attention::new(device, dtype, config.deterministic)?,
             latent: LatentAttention::new(device, dtype, config.deterministic)?,
-            silu: SiluMul::new(device, dtype)?,
+            gate: Gate::new(dtype),
             gather: GatherRows::new(device, dtype)?,
+            soft_cap: SoftCap::default(),
             sampler: None,
             sampled_at: None,
             inv_freq: Vec::new(),
@@ -446,13 +449,10 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&mut self, out: &mut CudaTensor, table: &CudaLinear, scale: f32) -> Result<(), KernelError> {
-        if scale != 1.0 {
-            return Err(unsupported("embed", Feature::EmbeddingScale));
-        }
         out.resize("embed", self.current.rows, table.cols)?;
         let [ids, carried, last] = [section::IDS, section::CARRIED, section::LAST_IDS].map(|of| self.steps.section(of));
         let sizes = [out.rows, out.cols];
-        self.embed.run(&self.device, out.span(), (&table.weight).into(), [ids?, carried?, last?], sizes)
+        self.embed.run(&self.device, out.span(), ((&table.weight).into(), scale), [ids?, carried?, last?], sizes)
     }
 
     fn rms_norm(
@@ -560,11 +560,8 @@ impl Backend for CudaBackend {
         sinks: Option<&CudaVector>,
     ) -> Result<(), KernelError> {
         const OP: &str = "attention";
-        if sinks.is_some() {
-            return Err(unsupported(OP, Feature::AttentionSinks));
-        }
-        if params.soft_cap.is_some() {
-            return Err(unsupported(OP, Feature::AttentionSoftCap));
+        if let Some(sinks) = sinks {
+            check(OP, "length of the sinks", params.num_heads, sinks.len)?;
         }
         self.check_attention(OP, qkv, cache, layer, params)?;
         out.resize(OP, qkv.rows, params.num_heads * params.head_dim)?;
@@ -583,6 +580,7 @@ impl Backend for CudaBackend {
             tiles: self.steps.section(section::TILES)?,
             block_table: self.steps.section(section::BLOCK_TABLE)?,
             rope: left.and_then(|(_, rope)| rope.within_decode()),
+            sinks: sinks.map(|sinks| (&sinks.buffer).into()),
         };
         // SAFETY: activations, cache and weights stay where they are until the step ends (`Backend::rope_and_cache`).
         unsafe { self.attention.run(&operands, params, &self.plan, self.max_slots) }
@@ -657,10 +655,7 @@ impl Backend for CudaBackend {
         let cols = x.cols / 2;
         check("gate", "columns of x", 2 * cols, x.cols)?;
         out.resize("gate", x.rows, cols)?;
-        if let Some(feature) = activation.feature() {
-            return Err(unsupported("gate", feature));
-        }
-        self.silu.run(&self.device, out.span(), x.span(), [x.rows, cols])
+        self.gate.run(&self.device, activation, out.span(), x.span(), [x.rows, cols])
     }
 
     fn pack_experts(&self, gate_up: Vec<CudaLinear>, down: Vec<CudaLinear>) -> Result<CudaExperts, KernelError> {
@@ -727,6 +722,12 @@ impl Backend for CudaBackend {
             check(OP, "bytes of a gate", DType::F32.size_bytes(), gate.dtype.size_bytes())?;
         }
         self.moe.add_gated(out.span(), x.span(), gate.map(CudaTensor::span), [out.rows, out.cols])
+    }
+
+    fn soft_cap(&mut self, logits: &mut CudaTensor, cap: f32) -> Result<(), KernelError> {
+        const OP: &str = "soft_cap";
+        check(OP, "bytes of a logit", DType::F32.size_bytes(), logits.dtype.size_bytes())?;
+        self.soft_cap.run(&self.device, logits.span(), logits.rows * logits.cols, cap)
     }
 
     fn gather_logit_rows(&mut self, out: &mut CudaTensor, x: &CudaTensor) -> Result<(), KernelError> {

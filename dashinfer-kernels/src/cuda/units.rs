@@ -96,6 +96,7 @@ fn sorted<S: AsRef<str>>(options: &[S]) -> Vec<&str> {
 /// What the files include, by the name that they include it under. The compiler gets the texts: a machine that runs kernels
 /// has no copy of the files.
 pub(crate) static HEADERS: &[(&str, &str)] = &[
+    ("activation.cuh", include_str!("../../cuda/activation.cuh")),
     ("attention_units.cuh", include_str!("../../cuda/attention_units.cuh")),
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("latent.cuh", include_str!("../../cuda/latent.cuh")),
@@ -103,6 +104,7 @@ pub(crate) static HEADERS: &[(&str, &str)] = &[
     ("moe.cuh", include_str!("../../cuda/moe.cuh")),
     ("mma.cuh", include_str!("../../cuda/mma.cuh")),
     ("rope.cuh", include_str!("../../cuda/rope.cuh")),
+    ("softmax.cuh", include_str!("../../cuda/softmax.cuh")),
 ];
 
 const ALL_TYPES: &[DType] = &[DType::F32, DType::F16, DType::BF16];
@@ -115,35 +117,40 @@ pub static UNITS: &[Listed] = &[
         unit: &ops::attention_decode::UNIT,
         archs: Archs::SINCE_SM80,
         types: HALVES,
-        variants: |arch| ops::attention_decode::variants(arch).map(|variant| variant.options().to_vec()).collect(),
+        variants: |arch| ops::attention_decode::variants(arch).map(|variant| variant.options()).collect(),
     },
     Listed {
         unit: &ops::attention_prefill_sm80::UNIT,
         archs: Archs::SINCE_SM80,
         types: HALVES,
         variants: |arch| {
-            let of = |head_dim| ops::attention_prefill_sm80::options(arch, head_dim).to_vec();
-            ops::attention_prefill_sm80::HEAD_DIMS.map(of).to_vec()
+            capped_or_not(&ops::attention_prefill_sm80::HEAD_DIMS, |head_dim, is_capped| {
+                ops::attention_prefill_sm80::options(arch, head_dim, is_capped)
+            })
         },
     },
     Listed {
         unit: &ops::attention_prefill_sm90::UNIT,
         archs: Archs::SM90,
         types: HALVES,
-        variants: |_| {
-            use ops::attention_prefill_sm90::{HEAD_DIMS, options};
-            HEAD_DIMS.map(|dims| [&options(dims)[..], &["-DTAKE_TURNS=1".to_string()]].concat()).to_vec()
-        },
+        variants: |_| capped_or_not(&ops::attention_prefill_sm90::HEAD_DIMS, ops::attention_prefill_sm90::options),
     },
     Listed {
         unit: &ops::attention_simple::UNIT,
         archs: Archs::ALL,
         types: ALL_TYPES,
         variants: |_| {
-            ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| vec![ops::attention_simple::option(pairs)]).collect()
+            let pairs = ops::attention_simple::PAIRS.iter().map(|&(pairs, _)| pairs).collect::<Vec<_>>();
+            capped_or_not(&pairs, ops::attention_simple::options)
         },
     },
     Listed { unit: &ops::embed::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed {
+        unit: &ops::gate::UNIT,
+        archs: Archs::ALL,
+        types: ALL_TYPES,
+        variants: |_| ops::activation::OPTIONS.map(|option| vec![option.to_owned()]).to_vec(),
+    },
     Listed { unit: &ops::gather_rows::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed {
         unit: &ops::latent::decode::UNIT,
@@ -193,8 +200,13 @@ pub static UNITS: &[Listed] = &[
     Listed { unit: &ops::rms_norm::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::rope::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
     Listed { unit: &ops::sample::UNIT, archs: Archs::ALL, types: &[DType::F32], variants: one },
-    Listed { unit: &ops::silu_mul::UNIT, archs: Archs::ALL, types: ALL_TYPES, variants: one },
+    Listed { unit: &ops::soft_cap::UNIT, archs: Archs::ALL, types: &[DType::F32], variants: one },
 ];
+
+/// Every size, with scores that are capped and scores that are not.
+fn capped_or_not<S: Copy>(sizes: &[S], options: impl Fn(S, bool) -> Vec<String>) -> Vec<Vec<String>> {
+    sizes.iter().flat_map(|&size| [false, true].map(|is_capped| options(size, is_capped))).collect()
+}
 
 /// Every tile, for rows that are aligned and not, with each kind of result: T, f32, gated T.
 fn linear_rows(arch: Arch) -> Vec<Vec<String>> {

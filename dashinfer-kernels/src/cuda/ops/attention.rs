@@ -17,7 +17,7 @@ use super::attention_decode::{AttentionDecode, DecodeRope, Purpose};
 use super::attention_prefill_sm80::{AttentionPrefillSm80, PrefillOperands};
 use super::attention_prefill_sm90::{AttentionPrefillSm90, CacheMaps, Operands, Shape, TILE_ROWS};
 use super::attention_simple::AttentionSimple;
-use super::attention_units::{DecodeOperands, Partials};
+use super::attention_units::{DecodeOperands, Partials, checked_sinks};
 use super::operand::Span;
 use crate::cuda::device::Device;
 use crate::cuda::memory::Buffer;
@@ -50,6 +50,8 @@ pub(crate) struct AttentionOperands<'a> {
     /// How rows are rotated that are not yet, nor in the cache: of a step of decodes whose rows
     /// [attention takes](Attention::takes) as they are.
     pub(crate) rope: Option<DecodeRope>,
+    /// `[H]` of f32: each head's sink.
+    pub(crate) sinks: Option<Span<'a>>,
 }
 
 /// The heads that kernels are made for.
@@ -94,6 +96,8 @@ enum Tiles {
 #[derive(Debug)]
 struct Kernels {
     heads: Heads,
+    /// Whether scores are capped. What a plan needs to know is the same for both.
+    is_capped: bool,
     units: Units,
     /// For more query heads to a kv head than the tensor cores' tile has rows.
     large_groups: Option<AttentionSimple>,
@@ -157,7 +161,9 @@ impl Attention {
     ) -> Result<PlanParams, KernelError> {
         let heads = Heads { num_kv_heads, head_dim };
         if self.kernels.as_ref().is_none_or(|kernels| kernels.heads != heads) {
-            self.kernels = Some(self.kernels_for(heads, block_size)?);
+            // Whether scores are capped is known when the first layer comes; a model that has caps has them in every step.
+            let is_capped = self.kernels.as_ref().is_some_and(|kernels| kernels.is_capped);
+            self.kernels = Some(self.kernels_for(heads, block_size, is_capped)?);
             self.generation += 1;
         }
         let kernels = self.kernels.as_ref();
@@ -182,16 +188,16 @@ impl Attention {
         })
     }
 
-    fn kernels_for(&self, heads: Heads, block_size: usize) -> Result<Kernels, KernelError> {
+    fn kernels_for(&self, heads: Heads, block_size: usize, is_capped: bool) -> Result<Kernels, KernelError> {
         let (device, dtype, head_dim) = (&self.device, self.dtype, heads.head_dim);
         let on_tensor_cores = AttentionDecode::supports(device.arch, dtype, head_dim, 1);
-        let of = |purpose| AttentionDecode::new(device, dtype, head_dim, purpose);
+        let of = |purpose| AttentionDecode::new(device, dtype, head_dim, purpose, is_capped);
         let units = match of(Purpose::Cached)? {
             Some(cached) => {
                 let wide = if self.deterministic { None } else { of(Purpose::FusedWide)? };
                 Units::Decode { cached, fused: of(Purpose::Fused)?, wide }
             }
-            None => Units::Simple(AttentionSimple::new(device, dtype, head_dim)?),
+            None => Units::Simple(AttentionSimple::new(device, dtype, head_dim, is_capped)?),
         };
         let shape = Shape {
             dtype,
@@ -200,15 +206,16 @@ impl Attention {
             head_dim: head_dim as u32,
             value_dim: head_dim as u32,
             block_size: block_size as u32,
+            is_capped,
         };
         let tiles = if self.deterministic || !on_tensor_cores {
             Tiles::None
         } else if AttentionPrefillSm90::supports(device, &shape) {
             Tiles::Sm90 { kernel: None, maps: HashMap::new() }
         } else {
-            Tiles::Sm80(AttentionPrefillSm80::new(device, dtype, head_dim)?)
+            Tiles::Sm80(AttentionPrefillSm80::new(device, dtype, head_dim, is_capped)?)
         };
-        Ok(Kernels { heads, units, large_groups: None, tiles })
+        Ok(Kernels { heads, is_capped, units, large_groups: None, tiles })
     }
 
     /// Whether [`run`](Self::run) takes the rows of a step of decodes as they are, not rotated and not in the cache.
@@ -239,6 +246,11 @@ impl Attention {
             let what = "head size of the step";
             return Err(KernelError::Shape { op: "attention", what, wanted: params.head_dim, found });
         }
+        let is_capped = params.soft_cap.is_some();
+        if self.kernels.as_ref().is_some_and(|kernels| kernels.is_capped != is_capped) {
+            // The device keeps all code that it has loaded, so recorded steps stay good.
+            self.kernels = Some(self.kernels_for(heads, operands.block_size, is_capped)?);
+        }
         if !plan.tiles.is_empty() {
             self.run_tiles(operands, params, plan.tiles.len())?;
         }
@@ -256,14 +268,15 @@ impl Attention {
         num_tiles: usize,
     ) -> Result<(), KernelError> {
         const OP: &str = "attention";
-        let &AttentionOperands { out, qkv, cache, tiles, block_table, num_rows, block_size, num_blocks, .. } = operands;
+        let &AttentionOperands { out, qkv, cache, tiles, block_table, num_rows, block_size, num_blocks, sinks, .. } =
+            operands;
         match self.kernels.as_mut().map(|kernels| &mut kernels.tiles) {
             None | Some(Tiles::None) => {
                 let what = "tiles of prompts".to_owned();
                 Err(KernelError::Unsupported { op: OP, what, backend: "cuda" })
             }
             Some(Tiles::Sm80(kernel)) => {
-                let operands = PrefillOperands { out, qkv, cache, tiles, block_table };
+                let operands = PrefillOperands { out, qkv, cache, tiles, block_table, sinks };
                 kernel.run(&self.device, &operands, params, [num_tiles, num_rows, block_size])
             }
             Some(Tiles::Sm90 { kernel, maps }) => {
@@ -275,6 +288,7 @@ impl Attention {
                     head_dim: head_dim as u32,
                     value_dim: head_dim as u32,
                     block_size: block_size as u32,
+                    is_capped: params.soft_cap.is_some(),
                 };
                 if kernel.as_ref().is_none_or(|kernel| *kernel.shape() != shape) {
                     *kernel = Some(AttentionPrefillSm90::new(&self.device, shape)?);
@@ -306,6 +320,8 @@ impl Attention {
                     block_table: block_table.holding(OP, "blocks", 1, 4)?,
                     window: params.window.map_or(0, |window| u32::try_from(window).unwrap_or(u32::MAX)),
                     scale: params.scale,
+                    soft_cap: params.soft_cap.unwrap_or(0.0),
+                    sinks: checked_sinks(OP, sinks, heads)?,
                 };
                 // SAFETY: sizes were checked just now, and what tiles and block table name by who made the step.
                 unsafe { kernel.launch(&operands) }
@@ -336,7 +352,8 @@ impl Attention {
         let group = params.num_heads / params.num_kv_heads.max(1);
         let on_tensor_cores = AttentionDecode::supports(self.device.arch, self.dtype, params.head_dim, group);
         if matches!(kernels.units, Units::Decode { .. }) && !on_tensor_cores && kernels.large_groups.is_none() {
-            kernels.large_groups = Some(AttentionSimple::new(&self.device, self.dtype, params.head_dim)?);
+            kernels.large_groups =
+                Some(AttentionSimple::new(&self.device, self.dtype, params.head_dim, kernels.is_capped)?);
         }
         let (device, rope) = (&self.device, operands.rope.as_ref());
         let of_decodes = kernels.units.of_decodes(operands.num_rows, params.num_kv_heads, device.num_sms);
@@ -354,6 +371,7 @@ impl Attention {
                 block_table: operands.block_table,
                 partials,
                 params,
+                sinks: operands.sinks,
             };
             match (&kernels.units, of_decodes.filter(|_| rope.is_some())) {
                 // SAFETY: as the caller says.

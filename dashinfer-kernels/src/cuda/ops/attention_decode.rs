@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::attention_units::DecodeOperands;
+use super::attention_units::{DecodeOperands, check_soft_cap, soft_cap_option};
 use super::operand::typed_kernel;
 use crate::cuda::device::{Arch, Device};
 use crate::cuda::kernel::{Args, Kernel, Launch};
@@ -58,12 +58,17 @@ pub(crate) struct Variant {
     stages: usize,
     /// Blocks of a multiprocessor that registers are left for.
     blocks: usize,
+    /// Whether scores are capped.
+    is_capped: bool,
 }
 
 /// Every compilation for an architecture.
 pub(crate) fn variants(arch: Arch) -> impl Iterator<Item = Variant> {
     let purposes = [Purpose::Cached, Purpose::Fused, Purpose::FusedWide];
-    HEAD_SIZES.iter().flat_map(move |size| purposes.into_iter().filter_map(move |purpose| size.variant(arch, purpose)))
+    let of_size = move |size: &'static HeadSize| {
+        purposes.into_iter().filter_map(move |purpose| size.variant(arch, purpose, false))
+    };
+    HEAD_SIZES.iter().flat_map(of_size).flat_map(|variant| [variant, Variant { is_capped: true, ..variant }])
 }
 
 /// KB of shared memory of a multiprocessor. A block may have all but one, which the system takes of every block.
@@ -77,26 +82,28 @@ fn shared_kb(arch: Arch) -> usize {
 
 impl HeadSize {
     /// The one for a purpose, with as many stages as shared memory has room for; a warp's accumulator needs three.
-    fn variant(&self, arch: Arch, purpose: Purpose) -> Option<Variant> {
+    fn variant(&self, arch: Arch, purpose: Purpose, is_capped: bool) -> Option<Variant> {
         let most = self.stages[purpose as usize]?;
         let blocks = if purpose == Purpose::FusedWide { self.blocks / 2 } else { self.blocks };
         // A wide block that is cut down is not worth its while.
         let least = if purpose == Purpose::FusedWide { most } else { 3 };
-        let of = |stages| Variant { purpose, head_dim: self.head_dim, stages, blocks };
+        let of = |stages| Variant { purpose, head_dim: self.head_dim, stages, blocks, is_capped };
         (least..=most).rev().map(of).find(|variant| variant.shared() <= (shared_kb(arch) - 1) << 10)
     }
 }
 
 impl Variant {
     /// The compiler's options.
-    pub(crate) fn options(&self) -> [String; 5] {
-        [
+    pub(crate) fn options(&self) -> Vec<String> {
+        let mut options = vec![
             format!("-DHEAD_DIM={}", self.head_dim),
             format!("-DSTAGES={}", self.stages),
             format!("-DNUM_WARPS={}", self.warps()),
             format!("-DBLOCKS={}", self.blocks),
             format!("-DFUSED={}", u32::from(self.purpose != Purpose::Cached)),
-        ]
+        ];
+        options.extend(soft_cap_option(self.is_capped).map(str::to_owned));
+        options
     }
 
     fn warps(&self) -> usize {
@@ -156,7 +163,7 @@ impl AttentionDecode {
             && HEAD_SIZES.iter().any(|size| size.head_dim == head_dim)
     }
 
-    /// The kernel for a purpose. There is one for [`Purpose::Cached`] if it is [supported](Self::supports), and may be none
+    /// The kernel for a purpose, with capped scores or without. There is one for [`Purpose::Cached`] if it is [supported](Self::supports), and may be none
     /// for the others.
     ///
     /// # Errors
@@ -166,14 +173,17 @@ impl AttentionDecode {
         dtype: DType,
         head_dim: usize,
         purpose: Purpose,
+        is_capped: bool,
     ) -> Result<Option<Self>, KernelError> {
         if !Self::supports(device.arch, dtype, head_dim, 1) {
             return Ok(None);
         }
         let size = HEAD_SIZES.iter().find(|size| size.head_dim == head_dim);
-        let Some(variant) = size.and_then(|size| size.variant(device.arch, purpose)) else { return Ok(None) };
+        let Some(variant) = size.and_then(|size| size.variant(device.arch, purpose, is_capped)) else {
+            return Ok(None);
+        };
         let options = variant.options();
-        let kernel = typed_kernel(device, &UNIT, dtype, &options.each_ref().map(String::as_str), OP)?;
+        let kernel = typed_kernel(device, &UNIT, dtype, &options.iter().map(String::as_str).collect::<Vec<_>>(), OP)?;
         let kernel = kernel.with_shared(variant.shared() as u32)?;
         let grid = device.num_sms * variant.blocks_per_sm(device.arch) as u32;
         Ok(Some(Self { kernel, dtype, variant, grid }))
@@ -206,6 +216,7 @@ impl AttentionDecode {
         rope: Option<&DecodeRope>,
     ) -> Result<(), KernelError> {
         crate::error::check(OP, "head size", self.variant.head_dim, operands.params.head_dim)?;
+        check_soft_cap(OP, self.variant.is_capped, operands.params)?;
         let params = operands.checked(OP, self.dtype)?;
         let unsupported = |what| Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
         if operands.group() > MAX_GROUP {
@@ -253,11 +264,12 @@ mod tests {
                 assert!(variant.shared() <= (shared_kb(arch) - 1) << 10);
                 assert!(CHUNK * (variant.head_dim + 8) * 4 <= variant.ring());
             }
-            let cached = variants(arch).filter(|variant| variant.purpose == Purpose::Cached);
+            let cached = variants(arch).filter(|variant| variant.purpose == Purpose::Cached && !variant.is_capped);
             assert_eq!(cached.count(), HEAD_SIZES.len(), "{arch}");
         }
         // Queries, a key and a value beside the rings cost no block of a multiprocessor.
-        for two in variants(Arch::SM90).collect::<Vec<_>>().chunk_by(|a, b| a.head_dim == b.head_dim) {
+        let plain = variants(Arch::SM90).filter(|variant| !variant.is_capped);
+        for two in plain.collect::<Vec<_>>().chunk_by(|a, b| a.head_dim == b.head_dim) {
             assert_eq!(two[0].blocks_per_sm(Arch::SM90), two[1].blocks_per_sm(Arch::SM90), "{two:?}");
         }
     }
@@ -287,6 +299,36 @@ mod tests {
         for head_dim in [64, 80, 128] {
             let kernels = Kernels::decode(&device, DType::BF16, head_dim);
             check_windows(&device, &kernels, DType::BF16, head_dim);
+        }
+    }
+
+    #[test]
+    fn attention_decode_sinks_and_caps() {
+        let Some(device) = device() else { return };
+        for (i, head_dim) in HEAD_SIZES.iter().map(|size| size.head_dim).enumerate() {
+            let kernels = Kernels::decode(&device, HALVES[i % 2], head_dim);
+            check_sinks_and_caps(&device, &kernels, HALVES[i % 2], head_dim);
+        }
+    }
+
+    #[test]
+    fn attention_decode_fused_sinks_and_caps() {
+        let Some(device) = device() else { return };
+        for head_dim in HEAD_SIZES.iter().map(|size| size.head_dim) {
+            for (i, (soft_cap, window)) in
+                [(None, None), (None, Some(128)), (Some(5.0), Some(700))].into_iter().enumerate()
+            {
+                let heads = [[16, 2], [4, 1], [8, 4]][i];
+                let mut case = Case {
+                    has_sinks: i != 1 || head_dim == 64,
+                    min_split: 64,
+                    plan_knows_window: false,
+                    padded_rows: Some(8),
+                    ..Case::new(DType::BF16, [heads[0], heads[1], head_dim], 32)
+                };
+                (case.params.soft_cap, case.params.window) = (soft_cap, window);
+                check_fused(&device, &case, HALVES_OF(head_dim), 105 + i as u64);
+            }
         }
     }
 

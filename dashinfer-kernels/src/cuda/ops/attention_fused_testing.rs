@@ -114,7 +114,8 @@ fn bytes(buffer: &Buffer) -> Vec<u8> {
 pub(super) fn check_fused(device: &Arc<Device>, case: &Case, rotation: Rotation, seed: u64) {
     let (dtype, head_dim) = (case.dtype, case.params.head_dim);
     let what = format!("{} {rotation:?}", case.what());
-    let cached = Kernels::decode(device, dtype, head_dim);
+    let is_capped = case.params.soft_cap.is_some();
+    let cached = Kernels::decode_for(device, dtype, head_dim, Purpose::Cached, is_capped).unwrap();
     let mut prepared = Prepared::new(device, &cached, case, seed);
     let rotator = Rotator::new(device, &prepared, rotation);
     let raw = bytes(&prepared.qkv.on_device);
@@ -134,7 +135,7 @@ pub(super) fn check_fused(device: &Arc<Device>, case: &Case, rotation: Rotation,
     assert_close(&prepared.output(), &want, tolerance, tolerance, &what);
 
     for purpose in [Purpose::Fused, Purpose::FusedWide] {
-        let Some(kernel) = Kernels::decode_for(device, dtype, head_dim, purpose) else {
+        let Some(kernel) = Kernels::decode_for(device, dtype, head_dim, purpose, is_capped) else {
             eprintln!("skipped: {purpose:?} for heads of {head_dim}");
             continue;
         };
@@ -188,7 +189,7 @@ pub(super) fn bench_fused(device: &Arc<Device>, heads: [usize; 3], context_len: 
     });
     let rope = rope.within_decode().unwrap();
     for purpose in [Purpose::Fused, Purpose::FusedWide] {
-        let Some(kernel) = Kernels::decode_for(device, DType::BF16, head_dim, purpose) else { continue };
+        let Some(kernel) = Kernels::decode_for(device, DType::BF16, head_dim, purpose, false) else { continue };
         let mut last = None;
         for min_split in [64, 128, 256, 384] {
             prepared.plan_for(device, &kernel, min_split);

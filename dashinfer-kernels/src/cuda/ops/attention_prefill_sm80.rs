@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::attention_units::{check_soft_cap, checked_sinks, soft_cap_option};
 use super::operand::{Span, count_u32, typed_kernel};
 use crate::cuda::device::{Arch, Device};
 use crate::cuda::kernel::{Args, Kernel, Launch};
@@ -25,28 +26,31 @@ struct Tile {
 
 /// The tiles for a head size. On chips with half the tensor rate to their shared memory (8.6, 8.9, 12.x: one product takes as
 /// long as reading its fragments) 16 rows to a warp are enough, and smaller blocks fit more often. Heads above 128 leave a warp
-/// registers for 16 rows only; then eight warps share the keys. Tiles of 32 positions where registers (128 on 10.x) or shared
-/// memory (256) end.
-fn tile(arch: Arch, head_dim: usize) -> Tile {
+/// registers for 16 rows only; then eight warps share the keys. Tiles of 32 positions where registers (128 on 10.x, 96 with
+/// caps) or shared memory (256) end.
+fn tile(arch: Arch, head_dim: usize, is_capped: bool) -> Tile {
     let slow = matches!(arch.number(), 86..90 | 120..);
     match head_dim {
         256.. => Tile { rows: 128, positions: 32, warps: 8 },
         129.. => Tile { rows: 128, positions: 64, warps: 8 },
         _ if slow => Tile { rows: 64, positions: 64, warps: 4 },
+        96 if is_capped => Tile { rows: 128, positions: 32, warps: 4 },
         128 if arch.major >= 10 => Tile { rows: 128, positions: 32, warps: 4 },
         _ => Tile { rows: 128, positions: 64, warps: 4 },
     }
 }
 
-/// The options that make the kernel for a head size on a chip.
-pub(crate) fn options(arch: Arch, head_dim: usize) -> [String; 4] {
-    let Tile { rows, positions, warps } = tile(arch, head_dim);
-    [
+/// The options that make the kernel for a head size on a chip, with capped scores or without.
+pub(crate) fn options(arch: Arch, head_dim: usize, is_capped: bool) -> Vec<String> {
+    let Tile { rows, positions, warps } = tile(arch, head_dim, is_capped);
+    let mut options = vec![
         format!("-DHEAD_DIM={head_dim}"),
         format!("-DTILE_M={rows}"),
         format!("-DTILE_N={positions}"),
         format!("-DNUM_WARPS={warps}"),
-    ]
+    ];
+    options.extend(soft_cap_option(is_capped).map(str::to_owned));
+    options
 }
 
 /// What a launch works on.
@@ -62,6 +66,8 @@ pub(crate) struct PrefillOperands<'a> {
     pub(crate) tiles: Span<'a>,
     /// u32: the blocks of all sequences.
     pub(crate) block_table: Span<'a>,
+    /// `[H]` of f32: each head's sink.
+    pub(crate) sinks: Option<Span<'a>>,
 }
 
 /// `attention_prefill_sm80` for one head size, see `attention_prefill_sm80.cu`.
@@ -70,23 +76,31 @@ pub(crate) struct AttentionPrefillSm80 {
     kernel: Kernel,
     dtype: DType,
     head_dim: usize,
+    is_capped: bool,
     tile: Tile,
 }
 
 impl AttentionPrefillSm80 {
+    /// With capped scores or without.
+    ///
     /// # Errors
     /// [`KernelError::Unsupported`] for other types, head sizes and older chips.
-    pub(crate) fn new(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Result<Self, KernelError> {
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        dtype: DType,
+        head_dim: usize,
+        is_capped: bool,
+    ) -> Result<Self, KernelError> {
         const OP: &str = "attention_prefill_sm80";
         let arch = device.arch;
         if dtype == DType::F32 || arch.major < 8 || !HEAD_DIMS.contains(&head_dim) {
             let what = format!("{dtype} with head size {head_dim} on compute capability {arch}");
             return Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
         }
-        let options = options(arch, head_dim);
-        let kernel = typed_kernel(device, &UNIT, dtype, &options.each_ref().map(String::as_str), OP)?;
-        let tile = tile(arch, head_dim);
-        let this = Self { kernel, dtype, head_dim, tile };
+        let options = options(arch, head_dim, is_capped);
+        let kernel = typed_kernel(device, &UNIT, dtype, &options.iter().map(String::as_str).collect::<Vec<_>>(), OP)?;
+        let tile = tile(arch, head_dim, is_capped);
+        let this = Self { kernel, dtype, head_dim, is_capped, tile };
         let shared = this.shared_bytes();
         Ok(Self { kernel: this.kernel.with_shared(shared)?, ..this })
     }
@@ -118,6 +132,7 @@ impl AttentionPrefillSm80 {
         if params.head_dim != self.head_dim {
             return shape("head size", self.head_dim, params.head_dim);
         }
+        check_soft_cap(OP, self.is_capped, params)?;
         if kv_heads == 0 || heads % kv_heads != 0 || heads > 65535 {
             return shape("heads", heads.next_multiple_of(kv_heads.max(1)), heads);
         }
@@ -136,7 +151,9 @@ impl AttentionPrefillSm80 {
             .u32(kv_heads as u32)
             .u32(block_size as u32)
             .u32(params.window.map_or(0, |window| u32::try_from(window).unwrap_or(u32::MAX)))
-            .f32(params.scale);
+            .f32(params.scale)
+            .f32(params.soft_cap.unwrap_or(0.0))
+            .ptr(checked_sinks(OP, operands.sinks, heads)?);
         let grid = [count_u32(OP, "tiles", num_tiles)?, heads as u32, 1];
         let launch = Launch { grid, block: 32 * self.tile.warps as u32, shared: self.shared_bytes() };
         // SAFETY: these are the kernel's parameters; sizes were checked above, the step's description by who made it.
@@ -163,6 +180,7 @@ mod tests {
         sequences: Vec<(usize, usize, usize, usize)>,
         num_rows: usize,
         dtype: DType,
+        sinks: Option<Values>,
     }
 
     fn case(
@@ -210,7 +228,7 @@ mod tests {
         );
         let [keys, values] = &mut stores;
         let (keys, values) = (std::mem::take(keys), std::mem::take(values));
-        Case { params, block_size, qkv, keys, values, cache, table, sequences, num_rows: first_row, dtype }
+        Case { params, block_size, qkv, keys, values, cache, table, sequences, num_rows: first_row, dtype, sinks: None }
     }
 
     fn at(
@@ -246,6 +264,7 @@ mod tests {
                 cache: [(&self.cache[0]).into(), (&self.cache[1]).into()],
                 tiles: (&tiles_on).into(),
                 block_table: (&table_on).into(),
+                sinks: self.sinks.as_ref().map(|sinks| (&sinks.on_device).into()),
             };
             kernel.run(device, &operands, &self.params, [tiles.len(), self.num_rows, self.block_size]).unwrap();
             read(&out, self.dtype)
@@ -253,7 +272,7 @@ mod tests {
 
         /// The formula in f64.
         fn reference(&self) -> Vec<f64> {
-            let AttentionParams { num_heads, num_kv_heads, head_dim: d, scale, window, .. } = self.params;
+            let AttentionParams { num_heads, num_kv_heads, head_dim: d, scale, window, soft_cap } = self.params;
             let mut out = Vec::new();
             for &(first_row, rows, before, first_block) in &self.sequences {
                 for row in 0..rows {
@@ -267,13 +286,15 @@ mod tests {
                         let scores: Vec<f64> = (begin..=position)
                             .map(|p| {
                                 let k = &self.keys[place(p)..][..d];
-                                f64::from(scale)
-                                    * q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>()
+                                let dot = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>();
+                                let score = f64::from(scale) * dot;
+                                soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                             })
                             .collect();
-                        let high = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                        let sink = self.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| sinks.values[head].into());
+                        let high = scores.iter().copied().fold(sink, f64::max);
                         let weights: Vec<f64> = scores.iter().map(|s| (s - high).exp()).collect();
-                        let sum: f64 = weights.iter().sum();
+                        let sum: f64 = (sink - high).exp() + weights.iter().sum::<f64>();
                         let mut result = vec![0.0; d];
                         for (p, weight) in (begin..=position).zip(&weights) {
                             for (result, &v) in result.iter_mut().zip(&self.values[place(p)..][..d]) {
@@ -314,7 +335,7 @@ mod tests {
         let Some(device) = test_device() else { return };
         for dtype in [DType::BF16, DType::F16] {
             for head_dim in HEAD_DIMS {
-                let Ok(kernel) = AttentionPrefillSm80::new(&device, dtype, head_dim) else {
+                let Ok(kernel) = AttentionPrefillSm80::new(&device, dtype, head_dim, false) else {
                     eprintln!("skipped: compute capability {}", device.arch);
                     return;
                 };
@@ -330,7 +351,7 @@ mod tests {
     #[test]
     fn every_ratio_of_heads_agrees_with_the_formula() {
         let Some(device) = test_device() else { return };
-        let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, 64) else { return };
+        let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, 64, false) else { return };
         for (heads, kv_heads) in [(1, 1), (4, 2), (6, 2), (8, 2), (5, 1), (14, 2), (8, 1), (16, 1), (3, 3)] {
             let case = case(&device, DType::BF16, params(heads, kv_heads, 64, None), 16, &[(65, 0), (20, 50)], 30);
             check(&device, &case, &kernel, &format!("H {heads} K {kv_heads}"));
@@ -341,11 +362,38 @@ mod tests {
     fn windows_hide_what_lies_before_them() {
         let Some(device) = test_device() else { return };
         for head_dim in [64, 128, 256] {
-            let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::F16, head_dim) else { return };
+            let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::F16, head_dim, false) else { return };
             for window in [1, 2, 31, 64, 100, 257, 5000] {
                 let params = params(2, 1, head_dim, Some(window));
                 let case = case(&device, DType::F16, params, 32, &[(300, 0), (5, 200), (129, 333)], 40);
                 check(&device, &case, &kernel, &format!("D {head_dim} window {window}"));
+            }
+        }
+    }
+
+    /// Sinks above all scores and below; scores reach some 4, so that the smaller cap bends most of them.
+    #[test]
+    fn sinks_and_caps_agree_with_the_formula() {
+        let Some(device) = test_device() else { return };
+        for head_dim in HEAD_DIMS {
+            for (soft_cap, has_sinks, window) in [
+                (None, true, None),
+                (None, true, Some(100)),
+                (Some(1.5), false, None),
+                (Some(50.0), false, Some(70)),
+                (Some(2.0), true, Some(70)),
+            ] {
+                let is_capped = soft_cap.is_some();
+                let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, head_dim, is_capped) else { return };
+                let params = AttentionParams { soft_cap, ..params(8, 2, head_dim, window) };
+                let mut case = case(&device, DType::BF16, params, 32, &[(1, 0), (200, 0), (70, 95)], 45);
+                case.sinks = has_sinks.then(|| {
+                    let sinks: Vec<f32> = random(8, 46).iter().map(|x| 6.0 * x).collect();
+                    Values::of(&device, DType::F32, &sinks)
+                });
+                check(&device, &case, &kernel, &format!("D {head_dim} cap {soft_cap:?} sinks {has_sinks} {window:?}"));
+                let cut = case.run(&device, &kernel, 7);
+                assert!(cut == case.run(&device, &kernel, kernel.tile_rows()), "D {head_dim}: other tiles");
             }
         }
     }
@@ -356,7 +404,7 @@ mod tests {
         let Some(device) = test_device() else { return };
         for head_dim in HEAD_DIMS {
             for window in [None, Some(70)] {
-                let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, head_dim) else { return };
+                let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, head_dim, false) else { return };
                 let case = case(&device, DType::BF16, params(2, 1, head_dim, window), 16, &[(333, 17)], 50);
                 let whole = case.run(&device, &kernel, kernel.tile_rows());
                 for tile_rows in [1, 7, 16, 50, 64] {
@@ -371,9 +419,13 @@ mod tests {
     fn tiles_fit_the_shared_memory_of_their_chips() {
         for (major, minor) in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
             for head_dim in HEAD_DIMS {
-                let Tile { rows, positions, warps } = tile(Arch { major, minor }, head_dim);
-                assert!((rows + 2 * positions) * head_dim * 2 <= 96 << 10, "{major}.{minor} {head_dim}");
-                assert_eq!(rows % (16 * warps), 0);
+                let tiles = [false, true].map(|is_capped| tile(Arch { major, minor }, head_dim, is_capped));
+                for Tile { rows, positions, warps } in tiles {
+                    assert!((rows + 2 * positions) * head_dim * 2 <= 96 << 10, "{major}.{minor} {head_dim}");
+                    assert_eq!(rows % (16 * warps), 0);
+                }
+                // Plans are made before it is known which.
+                assert_eq!(tiles[0].rows, tiles[1].rows);
             }
         }
     }
@@ -387,7 +439,7 @@ mod tests {
             [(64, 14, 2), (80, 32, 32), (96, 32, 32), (128, 28, 4), (192, 16, 4), (256, 16, 8)]
         {
             let (rows, block_size) = (8192, 16);
-            let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, head_dim) else { return };
+            let Ok(kernel) = AttentionPrefillSm80::new(&device, DType::BF16, head_dim, false) else { return };
             let params = params(heads, kv_heads, head_dim, None);
             let size = heads * head_dim * 2;
             let qkv = Values::random(&device, DType::BF16, rows * (heads + 2 * kv_heads) * head_dim, 60);
@@ -410,6 +462,7 @@ mod tests {
                 cache: [(&cache[0].on_device).into(), (&cache[1].on_device).into()],
                 tiles: (&tiles_on).into(),
                 block_table: (&table_on).into(),
+                sinks: None,
             };
             let took = time(&device, || kernel.run(&device, &operands, &params, [tiles.len(), rows, block_size]))
                 .as_secs_f64();

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use super::attention_units::soft_cap_option;
+use super::operand::typed_kernel;
 use crate::cuda::device::Device;
 use crate::cuda::kernel::{Args, Kernel, Launch};
 use crate::cuda::tensor_map::{Boxes, TensorMap};
@@ -21,11 +23,6 @@ pub(crate) const TILE_ROWS: u32 = 128;
 pub(crate) const HEAD_DIMS: [[u32; 2]; 7] =
     [[64, 64], [80, 80], [96, 96], [128, 128], [192, 192], [256, 256], [192, 128]];
 
-/// The compiler's options for them.
-pub(crate) fn options([head_dim, value_dim]: [u32; 2]) -> [String; 2] {
-    [format!("-DHEAD_DIM={head_dim}"), format!("-DVALUE_DIM={value_dim}")]
-}
-
 /// The shape of a layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shape {
@@ -41,6 +38,16 @@ pub(crate) struct Shape {
     pub(crate) value_dim: u32,
     /// `B`: 16, 32, 64 or 128.
     pub(crate) block_size: u32,
+    /// Whether scores are capped.
+    pub(crate) is_capped: bool,
+}
+
+/// The options that make the kernel for sizes of heads, with capped scores or without.
+pub(crate) fn options([head_dim, value_dim]: [u32; 2], is_capped: bool) -> Vec<String> {
+    let dims = [format!("-DHEAD_DIM={head_dim}"), format!("-DVALUE_DIM={value_dim}")];
+    let mut options = [&dims[..], &["-DTAKE_TURNS=1".to_owned()]].concat();
+    options.extend(soft_cap_option(is_capped).map(str::to_owned));
+    options
 }
 
 impl Shape {
@@ -90,6 +97,10 @@ pub(crate) struct Operands<'a> {
     pub(crate) window: u32,
     /// Of the scores.
     pub(crate) scale: f32,
+    /// What scores are capped by, if the shape is one of capped ones.
+    pub(crate) soft_cap: f32,
+    /// `[H]` of f32, each head's sink; 0: none.
+    pub(crate) sinks: u64,
 }
 
 /// The kernel for one [`Shape`].
@@ -119,10 +130,10 @@ impl AttentionPrefillSm90 {
     /// # Errors
     /// [`KernelError::Unsupported`] unless [`Self::supports`], [`KernelError::Shape`] if K does not divide H.
     pub(crate) fn new(device: &Arc<Device>, shape: Shape) -> Result<Self, KernelError> {
-        Self::with_option(device, shape, "-DTAKE_TURNS=1")
+        Self::with_options(device, shape, &options([shape.head_dim, shape.value_dim], shape.is_capped))
     }
 
-    fn with_option(device: &Arc<Device>, shape: Shape, option: &str) -> Result<Self, KernelError> {
+    fn with_options(device: &Arc<Device>, shape: Shape, options: &[String]) -> Result<Self, KernelError> {
         if !Self::supports(device, &shape) {
             return Err(KernelError::Unsupported {
                 op: OP,
@@ -137,10 +148,8 @@ impl AttentionPrefillSm90 {
             (shape.num_heads / num_kv_heads * num_kv_heads) as usize,
             shape.num_heads as usize,
         )?;
-        let dtype = format!("-DDASH_TYPE={}", shape.dtype);
-        let [head_dim, value_dim] = options([shape.head_dim, shape.value_dim]);
-        let kernel =
-            device.kernel(&UNIT, &[&dtype, &head_dim, &value_dim, option], &format!("{OP}_{}", shape.dtype))?;
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let kernel = typed_kernel(device, &UNIT, shape.dtype, &options, OP)?;
         let kernel = kernel.with_shared(shape.shared_bytes())?;
         Ok(Self { device: Arc::clone(device), kernel, shape })
     }
@@ -198,7 +207,9 @@ impl AttentionPrefillSm90 {
             .u32(operands.window)
             .u32(operands.q.1)
             .u32(operands.out.1)
-            .f32(operands.scale);
+            .f32(operands.scale)
+            .f32(operands.soft_cap)
+            .ptr(operands.sinks);
         let launch = Launch { grid: [blocks, 1, 1], block: 384, shared: self.shape.shared_bytes() };
         // SAFETY: the parameters are those of the kernel; the caller answers for the addresses.
         unsafe { self.kernel.launch(&self.device, launch, &mut args) }
@@ -229,6 +240,9 @@ mod tests {
     struct Case {
         shape: Shape,
         window: u32,
+        /// Read if the shape is one of capped scores.
+        soft_cap: f32,
+        has_sinks: bool,
         /// `(context_len, num_rows)` of each.
         sequences: &'static [(usize, usize)],
         data: Data,
@@ -244,15 +258,18 @@ mod tests {
             head_dim: 128,
             value_dim: 128,
             block_size: 64,
+            is_capped: false,
         },
         window: 0,
+        soft_cap: 0.0,
+        has_sinks: false,
         sequences: &[(300, 300)],
         data: Data::Random,
         grid: 0,
     };
 
     fn check_case(device: &Arc<Device>, case: Case) {
-        let Shape { dtype, num_heads, num_kv_heads, head_dim, value_dim, block_size } = case.shape;
+        let Shape { dtype, num_heads, num_kv_heads, head_dim, value_dim, block_size, is_capped } = case.shape;
         let [h, kv, d, dv, b] = [num_heads, num_kv_heads, head_dim, value_dim, block_size].map(|n| n as usize);
         let kernel = AttentionPrefillSm90::new(device, case.shape).unwrap();
         let mut random = SplitMix64(0x5eed ^ u64::from(head_dim) << 20 ^ u64::from(block_size));
@@ -308,6 +325,9 @@ mod tests {
         let (tiles_buffer, table_buffer) = (upload(device, bytemuck::cast_slice(&tiles)), words(device, &table));
         let maps = kernel.cache_maps(buffers[1].ptr(), buffers[2].ptr(), num_blocks).unwrap();
         let scale = 1.0 / (d as f32).sqrt();
+        // Some of them above all scores, some below.
+        let sinks: Vec<f32> = (0..h).map(|_| 8.0 * random.value()).collect();
+        let sinks_on = upload(device, bytemuck::cast_slice(&sinks));
         let operands = Operands {
             out: (out.ptr(), (h * dv) as u32),
             q: (buffers[0].ptr(), columns as u32),
@@ -317,6 +337,8 @@ mod tests {
             block_table: table_buffer.ptr(),
             window: case.window,
             scale,
+            soft_cap: case.soft_cap,
+            sinks: if case.has_sinks { sinks_on.ptr() } else { 0 },
         };
         // SAFETY: every buffer is as the operands say, and lives until the download.
         unsafe {
@@ -346,9 +368,11 @@ mod tests {
                     };
                     let scores: Vec<f32> = (begin..=position)
                         .map(|key| q.iter().zip(&k[place(key) * d..]).map(|(q, k)| q * k).sum::<f32>() * scale)
+                        .map(|score| if is_capped { case.soft_cap * (score / case.soft_cap).tanh() } else { score })
                         .collect();
-                    let highest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let (mut want, mut total) = (vec![0f32; dv], 0f32);
+                    let sink = if case.has_sinks { sinks[head] } else { f32::NEG_INFINITY };
+                    let highest = scores.iter().copied().fold(sink, f32::max);
+                    let (mut want, mut total) = (vec![0f32; dv], (sink - highest).exp());
                     for (key, score) in (begin..).zip(&scores) {
                         let weight = (score - highest).exp();
                         total += weight;
@@ -461,6 +485,28 @@ mod tests {
     }
 
     #[test]
+    fn prefill_sm90_sinks() {
+        let sequences = &[(1, 1), (300, 300), (500, 100)];
+        check_all(with_head_dims(Case { has_sinks: true, sequences, ..BASE }));
+        for window in [1, 128] {
+            let shape = Shape { num_heads: 16, num_kv_heads: 2, head_dim: 64, ..BASE.shape };
+            check_all([Case { shape, has_sinks: true, window, sequences, ..BASE }]);
+        }
+    }
+
+    #[test]
+    fn prefill_sm90_soft_caps() {
+        let sequences = &[(1, 1), (300, 300), (500, 100)];
+        let shape = Shape { is_capped: true, ..BASE.shape };
+        // Scores reach some 10: the smaller cap bends most of them.
+        for soft_cap in [3.0, 50.0] {
+            check_all(with_head_dims(Case { shape, soft_cap, sequences, ..BASE }));
+        }
+        let shape = Shape { dtype: DType::F16, ..shape };
+        check_all(with_head_dims(Case { shape, soft_cap: 5.0, has_sinks: true, window: 100, sequences, ..BASE }));
+    }
+
+    #[test]
     fn prefill_sm90_grids_smaller_and_larger_than_the_work() {
         let sequences = &[(400, 400), (150, 150), (600, 129)];
         for grid in [1, 2, 5, 24, 50] {
@@ -514,9 +560,14 @@ mod tests {
         ] {
             let [num_heads, num_kv_heads, head_dim, value_dim, block_size, window] =
                 [h, kv, d, dv, b, window].map(|n: usize| n as u32);
-            let shape = Shape { dtype: DType::BF16, num_heads, num_kv_heads, head_dim, value_dim, block_size };
-            let [kernel, without_turns] = ["-DTAKE_TURNS=1", "-DTAKE_TURNS=0"]
-                .map(|option| AttentionPrefillSm90::with_option(&device, shape, option).unwrap());
+            let dtype = DType::BF16;
+            let shape = Shape { dtype, num_heads, num_kv_heads, head_dim, value_dim, block_size, is_capped: false };
+            let [kernel, without_turns] = ["-DTAKE_TURNS=1", "-DTAKE_TURNS=0"].map(|option| {
+                let mut options = options([head_dim, value_dim], false);
+                options.retain(|option| !option.starts_with("-DTAKE_TURNS"));
+                options.push(option.to_owned());
+                AttentionPrefillSm90::with_options(&device, shape, &options).unwrap()
+            });
             let num_blocks = context.div_ceil(b);
             let qkv = noise(&device, rows * (h + 2 * kv) * d, DType::BF16);
             let cache = [d, dv].map(|dim| noise(&device, num_blocks * kv * b * dim, DType::BF16));
@@ -543,6 +594,8 @@ mod tests {
                 block_table: table_buffer.ptr(),
                 window,
                 scale: 1.0 / (d as f32).sqrt(),
+                soft_cap: 0.0,
+                sinks: 0,
             };
             let seen: usize = (context - rows + 1..=context)
                 .map(|keys| if window == 0 { keys } else { keys.min(window as usize) })

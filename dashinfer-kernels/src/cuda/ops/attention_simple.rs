@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::attention_units::DecodeOperands;
+use super::attention_units::{DecodeOperands, check_soft_cap, soft_cap_option};
 use super::operand::typed_kernel;
 use crate::cuda::device::Device;
 use crate::cuda::kernel::{Args, Kernel, Launch};
@@ -17,9 +17,11 @@ const OP: &str = "attention_simple";
 /// that its registers allow.
 pub(crate) static PAIRS: &[(usize, u32)] = &[(1, 6), (2, 4), (3, 3), (4, 2)];
 
-/// The compiler's option.
-pub(crate) fn option(pairs: usize) -> String {
-    format!("-DPAIRS={pairs}")
+/// The compiler's options.
+pub(crate) fn options(pairs: usize, is_capped: bool) -> Vec<String> {
+    let mut options = vec![format!("-DPAIRS={pairs}")];
+    options.extend(soft_cap_option(is_capped).map(str::to_owned));
+    options
 }
 
 /// Attention of rows over their cached positions, for any type, see `attention_simple.cu`.
@@ -28,21 +30,30 @@ pub(crate) struct AttentionSimple {
     kernel: Kernel,
     dtype: DType,
     head_dim: usize,
+    is_capped: bool,
     grid: u32,
 }
 
 impl AttentionSimple {
+    /// With capped scores or without.
+    ///
     /// # Errors
     /// [`KernelError::Unsupported`] if the head size is odd or above 256, and what compiling may say.
-    pub(crate) fn new(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Result<Self, KernelError> {
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        dtype: DType,
+        head_dim: usize,
+        is_capped: bool,
+    ) -> Result<Self, KernelError> {
         let variant =
             PAIRS.iter().find(|(pairs, _)| head_dim > 0 && head_dim.is_multiple_of(2) && head_dim <= 64 * pairs);
         let &(pairs, blocks) = variant.ok_or_else(|| {
             let what = format!("a head size of {head_dim}");
             KernelError::Unsupported { op: OP, what, backend: "cuda" }
         })?;
-        let kernel = typed_kernel(device, &UNIT, dtype, &[&option(pairs)], OP)?;
-        Ok(Self { kernel, dtype, head_dim, grid: device.num_sms * blocks })
+        let options = options(pairs, is_capped);
+        let kernel = typed_kernel(device, &UNIT, dtype, &options.iter().map(String::as_str).collect::<Vec<_>>(), OP)?;
+        Ok(Self { kernel, dtype, head_dim, is_capped, grid: device.num_sms * blocks })
     }
 
     /// Blocks that run at once: what a plan divides the positions between.
@@ -61,6 +72,7 @@ impl AttentionSimple {
     /// [`KernelError::Shape`] if an operand is too small, [`KernelError::Unsupported`] for other block sizes.
     pub(crate) fn run(&self, device: &Device, operands: &DecodeOperands<'_>) -> Result<(), KernelError> {
         crate::error::check(OP, "head size", self.head_dim, operands.params.head_dim)?;
+        check_soft_cap(OP, self.is_capped, operands.params)?;
         let params = operands.checked(OP, self.dtype)?;
         let launch = Launch { grid: [self.grid, 1, 1], block: 128, shared: 0 };
         // SAFETY: this is the kernel's parameter; sizes were checked above, and units are a plan's, which name rows, blocks and
@@ -100,6 +112,15 @@ mod tests {
         for dtype in TYPES {
             let kernels = Kernels::simple(&device, dtype, 64);
             check_windows(&device, &kernels, dtype, 64);
+        }
+    }
+
+    #[test]
+    fn attention_simple_sinks_and_caps() {
+        let Some(device) = test_device() else { return };
+        for (dtype, head_dim) in [(DType::F32, 64), (DType::F32, 256), (DType::BF16, 130), (DType::F16, 32)] {
+            let kernels = Kernels::simple(&device, dtype, head_dim);
+            check_sinks_and_caps(&device, &kernels, dtype, head_dim);
         }
     }
 

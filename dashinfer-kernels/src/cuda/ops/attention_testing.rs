@@ -26,6 +26,8 @@ pub(super) struct Case {
     /// Whether the plan leaves out what the window hides; the kernel does in any case.
     pub(super) plan_knows_window: bool,
     pub(super) max_slots: usize,
+    /// Whether heads have sinks: some above all scores, some below.
+    pub(super) has_sinks: bool,
 }
 
 impl Case {
@@ -42,13 +44,15 @@ impl Case {
             padded_rows: None,
             plan_knows_window: true,
             max_slots: 4096,
+            has_sinks: false,
         }
     }
 
     pub(super) fn what(&self) -> String {
-        let Self { dtype, params: p, block_size, splitting, .. } = self;
+        let Self { dtype, params: p, block_size, splitting, has_sinks, .. } = self;
         let [h, k, d] = [p.num_heads, p.num_kv_heads, p.head_dim];
-        format!("{dtype} {h}/{k} heads of {d}, blocks of {block_size}, window {:?}, {splitting:?}", p.window)
+        let more = format!("window {:?}, cap {:?}, sinks {has_sinks}, {splitting:?}", p.window, p.soft_cap);
+        format!("{dtype} {h}/{k} heads of {d}, blocks of {block_size}, {more}")
     }
 }
 
@@ -60,16 +64,30 @@ pub(super) enum Kernels {
 
 impl Kernels {
     pub(super) fn decode(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
-        Self::decode_for(device, dtype, head_dim, Purpose::Cached).unwrap()
+        Self::decode_for(device, dtype, head_dim, Purpose::Cached, false).unwrap()
     }
 
     /// None if shared memory has no room for it.
-    pub(super) fn decode_for(device: &Arc<Device>, dtype: DType, head_dim: usize, purpose: Purpose) -> Option<Self> {
-        AttentionDecode::new(device, dtype, head_dim, purpose).unwrap().map(Self::Decode)
+    pub(super) fn decode_for(
+        device: &Arc<Device>,
+        dtype: DType,
+        head_dim: usize,
+        purpose: Purpose,
+        is_capped: bool,
+    ) -> Option<Self> {
+        AttentionDecode::new(device, dtype, head_dim, purpose, is_capped).unwrap().map(Self::Decode)
     }
 
     pub(super) fn simple(device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
-        Self::Simple(AttentionSimple::new(device, dtype, head_dim).unwrap())
+        Self::Simple(AttentionSimple::new(device, dtype, head_dim, false).unwrap())
+    }
+
+    /// The same kernel for capped scores.
+    fn capped(&self, device: &Arc<Device>, dtype: DType, head_dim: usize) -> Self {
+        match self {
+            Self::Decode(_) => Self::decode_for(device, dtype, head_dim, Purpose::Cached, true).unwrap(),
+            Self::Simple(_) => Self::Simple(AttentionSimple::new(device, dtype, head_dim, true).unwrap()),
+        }
     }
 
     pub(super) fn grid(&self) -> usize {
@@ -107,6 +125,7 @@ pub(super) struct Prepared<'a> {
     counts: Buffer,
     block_table: Buffer,
     partials: [Buffer; 3],
+    sinks: Option<Values>,
 }
 
 impl<'a> Prepared<'a> {
@@ -130,6 +149,10 @@ impl<'a> Prepared<'a> {
             counts: words(device, &counts),
             block_table: words(device, &batch.block_table),
             partials: [poisoned(device, partial_out), poisoned(device, ml), upload(device, &vec![0; tickets])],
+            sinks: case.has_sinks.then(|| {
+                let sinks: Vec<f32> = random(num_heads, seed + 3).iter().map(|x| 12.0 * x).collect();
+                Values::of(device, DType::F32, &sinks)
+            }),
             case,
             batch,
             plan,
@@ -174,6 +197,7 @@ impl<'a> Prepared<'a> {
                 block_table: (&self.block_table).into(),
                 partials: Partials { num_slots: self.case.max_slots, out, ml, tickets },
                 params: &self.case.params,
+                sinks: self.sinks.as_ref().map(|sinks| (&sinks.on_device).into()),
             };
             kernels.run(device, &operands, rope)?;
         }
@@ -193,7 +217,7 @@ impl<'a> Prepared<'a> {
 
     /// The definition, in `f64`; zeros for rows behind the batch's.
     pub(super) fn want(&self) -> Vec<f64> {
-        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, .. } = self.case.params;
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, soft_cap } = self.case.params;
         let row_len = num_heads * head_dim;
         let mut out = vec![0.0; self.num_rows * row_len];
         for sequence in &self.batch.sequences {
@@ -215,11 +239,13 @@ impl<'a> Prepared<'a> {
                         .map(|position| {
                             let k = &self.k.values[place(position)..];
                             let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-                            dot * f64::from(scale)
+                            let score = dot * f64::from(scale);
+                            soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                         })
                         .collect();
-                    let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let sum: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+                    let sink = self.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks.values[head]));
+                    let top = scores.iter().copied().fold(sink, f64::max);
+                    let sum: f64 = (sink - top).exp() + scores.iter().map(|score| (score - top).exp()).sum::<f64>();
                     let out = &mut out[row * row_len + head * head_dim..][..head_dim];
                     for (position, score) in (begin..end).zip(&scores) {
                         let weight = (score - top).exp() / sum;
@@ -339,6 +365,38 @@ pub(super) fn check_windows(device: &Arc<Device>, kernels: &Kernels, dtype: DTyp
             check(device, kernels, &case, 30);
         }
     }
+}
+
+/// Sinks and caps, apart and together: whole rows, rows in parts, parts that see nothing, and rows that are not there.
+pub(super) fn check_sinks_and_caps(device: &Arc<Device>, kernels: &Kernels, dtype: DType, head_dim: usize) {
+    let capped = kernels.capped(device, dtype, head_dim);
+    for (i, splitting) in [Splitting::Balanced, Splitting::ByContext].into_iter().enumerate() {
+        let seed = 34 + i as u64;
+        let plain = |heads: [usize; 2]| Case {
+            splitting,
+            min_split: 64,
+            padded_rows: Some(9),
+            ..Case::new(dtype, [heads[0], heads[1], head_dim], [16, 64][i])
+        };
+        for window in [None, Some(1), Some(128)] {
+            let mut case = Case { has_sinks: true, plan_knows_window: i == 0, ..plain([16, 2]) };
+            case.params.window = window;
+            check(device, kernels, &case, seed);
+        }
+        // Scores reach some 10: the smaller cap bends most of them.
+        for (soft_cap, has_sinks) in [(3.0, false), (50.0, false), (5.0, true)] {
+            let mut case = Case { has_sinks, ..plain([6, 3]) };
+            case.params.soft_cap = Some(soft_cap);
+            check(device, &capped, &case, seed);
+        }
+        let mut case = Case { plan_knows_window: i == 1, ..plain([2, 1]) };
+        (case.params.soft_cap, case.params.window) = (Some(4.0), Some(100));
+        check(device, &capped, &case, seed);
+    }
+    // Neither serves for the other.
+    let case = Case::new(dtype, [2, 1, head_dim], 16);
+    let refused = Prepared::new(device, &capped, &case, 36).run(device, &capped);
+    assert!(matches!(refused, Err(KernelError::Unsupported { .. })), "{refused:?}");
 }
 
 pub(super) fn check_padding(device: &Arc<Device>, kernels: &Kernels, dtype: DType, head_dim: usize) {

@@ -31,6 +31,8 @@ pub(crate) struct DecodeOperands<'a> {
     pub(crate) partials: Partials<'a>,
     /// Heads, scale and window.
     pub(crate) params: &'a AttentionParams,
+    /// `[H]` of f32: each head's sink.
+    pub(crate) sinks: Option<Span<'a>>,
 }
 
 /// Room for the partial results of rows that are split.
@@ -82,12 +84,41 @@ pub(in crate::cuda::ops) struct DecodeParams {
     pub(in crate::cuda::ops) partial_out: u64,
     pub(in crate::cuda::ops) partial_ml: u64,
     pub(in crate::cuda::ops) tickets: u64,
+    pub(in crate::cuda::ops) sinks: u64,
     pub(in crate::cuda::ops) num_heads: u32,
     pub(in crate::cuda::ops) num_kv_heads: u32,
     pub(in crate::cuda::ops) head_dim: u32,
     pub(in crate::cuda::ops) block_size: u32,
     pub(in crate::cuda::ops) window: u32,
     pub(in crate::cuda::ops) scale: f32,
+    pub(in crate::cuda::ops) soft_cap: f32,
+    /// To a multiple of 8 bytes.
+    pub(in crate::cuda::ops) unused: u32,
+}
+
+/// The address of each head's sink; 0 for none.
+///
+/// # Errors
+/// [`KernelError::Shape`] if they are fewer than the heads.
+pub(super) fn checked_sinks(op: &'static str, sinks: Option<Span<'_>>, num_heads: usize) -> Result<u64, KernelError> {
+    sinks.map_or(Ok(0), |sinks| sinks.holding(op, "sinks", num_heads, 4))
+}
+
+/// The macro of kernels that cap scores, if they are to.
+pub(crate) fn soft_cap_option(is_capped: bool) -> Option<&'static str> {
+    is_capped.then_some("-DSOFT_CAP=1")
+}
+
+/// Whether a kernel that caps scores, or does not, is what the parameters ask for.
+///
+/// # Errors
+/// [`KernelError::Unsupported`].
+pub(super) fn check_soft_cap(op: &'static str, is_capped: bool, params: &AttentionParams) -> Result<(), KernelError> {
+    if params.soft_cap.is_some() == is_capped {
+        return Ok(());
+    }
+    let what = format!("a soft cap of {:?} by a kernel made for others", params.soft_cap);
+    Err(KernelError::Unsupported { op, what, backend: "cuda" })
 }
 
 impl DecodeOperands<'_> {
@@ -98,7 +129,7 @@ impl DecodeOperands<'_> {
 
     /// Checks the shapes.
     pub(super) fn checked(&self, op: &'static str, dtype: DType) -> Result<DecodeParams, KernelError> {
-        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, .. } = *self.params;
+        let AttentionParams { num_heads, num_kv_heads, head_dim, scale, window, soft_cap } = *self.params;
         let size = dtype.size_bytes();
         let group = self.group();
         if group == 0 || group * num_kv_heads != num_heads {
@@ -127,12 +158,15 @@ impl DecodeOperands<'_> {
             partial_out,
             partial_ml,
             tickets,
+            sinks: checked_sinks(op, self.sinks, num_heads)?,
             num_heads: count_u32(op, "query heads", num_heads)?,
             num_kv_heads: count_u32(op, "kv heads", num_kv_heads)?,
             head_dim: count_u32(op, "head size", head_dim)?,
             block_size: self.block_size as u32,
             window: count_u32(op, "window", window.unwrap_or(0))?,
             scale,
+            soft_cap: soft_cap.unwrap_or(0.0),
+            unused: 0,
         })
     }
 }

@@ -1,12 +1,12 @@
 //! How long the small kernels of a layer take, beside what they move.
 
 use super::embed::{Embed, NOT_CARRIED};
+use super::gate::Gate;
 use super::gather_rows::GatherRows;
 use super::rms_norm::RmsNorm;
 use super::rope::{RopeAndCache, RopeOperands, RopeSizes};
-use super::silu_mul::SiluMul;
 use super::testing::*;
-use crate::{DType, KernelError, RopePairs};
+use crate::{Activation, DType, KernelError, RopePairs};
 
 /// `cargo test --release -p dashinfer-kernels --features cuda bench_elementwise -- --ignored --nocapture`
 #[test]
@@ -16,7 +16,7 @@ fn bench_elementwise() {
     let (dtype, hidden, ffn, vocab) = (DType::BF16, 3584, 18944, 32000);
     let (heads, kv_heads, head_dim, block_size) = (28, 4, 128, 16);
     let norm = RmsNorm::new(&device, dtype).unwrap();
-    let silu = SiluMul::new(&device, dtype).unwrap();
+    let mut gate = Gate::new(dtype);
     let rope = RopeAndCache::new(&device, dtype).unwrap();
     let embed = Embed::new(&device, dtype).unwrap();
     let gather = GatherRows::new(&device, dtype).unwrap();
@@ -45,9 +45,11 @@ fn bench_elementwise() {
 
         let gated = Values::random(&device, dtype, rows * 2 * ffn, 4);
         let to = poisoned(&device, rows * ffn * 2);
-        report("silu_mul", 3 * rows * ffn, &mut || {
-            silu.run(&device, (&to).into(), (&gated.on_device).into(), [rows, ffn])
-        });
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            report(&format!("gate {activation:?}"), 3 * rows * ffn, &mut || {
+                gate.run(&device, activation, (&to).into(), (&gated.on_device).into(), [rows, ffn])
+            });
+        }
 
         let table = Values::random(&device, dtype, vocab * hidden, 5);
         let ids: Vec<u32> = (0..rows as u32).map(|t| t * 7919 % vocab as u32).collect();
@@ -55,7 +57,7 @@ fn bench_elementwise() {
         let nowhere = upload(&device, &[0; 8]);
         let small = [(&ids_on).into(), (&carried).into(), (&nowhere).into()];
         report("embed", 2 * rows * hidden, &mut || {
-            embed.run(&device, (&out).into(), (&table.on_device).into(), small, [rows, hidden])
+            embed.run(&device, (&out).into(), ((&table.on_device).into(), 1.0), small, [rows, hidden])
         });
         let picked = words(&device, &(0..rows as u32).rev().collect::<Vec<_>>());
         report("gather_rows", 2 * rows * hidden, &mut || {

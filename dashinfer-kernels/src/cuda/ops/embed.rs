@@ -13,7 +13,7 @@ pub(crate) static UNIT: Unit = Unit { name: "embed.cu", source: include_str!("..
 /// In `carried`: the row's token is known to the host.
 pub(crate) const NOT_CARRIED: u32 = u32::MAX;
 
-/// `out[t, :] = table[id(t), :]`, see `embed.cu`.
+/// `out[t, :] = scale · table[id(t), :]`, see `embed.cu`.
 #[derive(Debug)]
 pub(crate) struct Embed {
     kernel: Kernel,
@@ -35,7 +35,7 @@ impl Embed {
         &self,
         device: &Device,
         out: Span<'_>,
-        table: Span<'_>,
+        (table, scale): (Span<'_>, f32),
         [ids, carried, last_ids]: [Span<'_>; 3],
         [num_rows, hidden]: [usize; 2],
     ) -> Result<(), KernelError> {
@@ -48,7 +48,8 @@ impl Embed {
             .ptr(carried.holding(OP, "carried rows", num_rows, 4)?)
             .ptr(last_ids.holding(OP, "the address of the last ids", 1, 8)?)
             .u32(count_u32(OP, "columns", hidden)?)
-            .u32(count_u32(OP, "rows", num_rows)?);
+            .u32(count_u32(OP, "rows", num_rows)?)
+            .f32(scale);
         let block = threads_for(hidden, 16 / size, 512);
         let launch = Launch { grid: [num_rows as u32, 1, 1], block, shared: 0 };
         // SAFETY: these are the kernel's parameters; sizes were checked above, ids by who made the step.
@@ -61,7 +62,7 @@ mod tests {
     use super::super::testing::*;
     use super::*;
 
-    /// Copies are exact: equality.
+    /// Copies and single products are exact: equality.
     #[test]
     fn rows_are_those_of_their_tokens_known_to_the_host_or_carried() {
         let Some(device) = test_device() else { return };
@@ -73,17 +74,22 @@ mod tests {
                 let carried: Vec<u32> =
                     (0..num_rows as u32).map(|t| if t % 3 == 1 { t % 2 } else { NOT_CARRIED }).collect();
                 let last = [96, 13];
-                let out = poisoned(&device, num_rows * hidden * dtype.size_bytes());
                 let (ids_on, carried_on, last_at) =
                     (words(&device, &ids), words(&device, &carried), words(&device, &last));
                 let last_on = upload(&device, &last_at.ptr().to_le_bytes());
                 let small = [(&ids_on).into(), (&carried_on).into(), (&last_on).into()];
-                kernel.run(&device, (&out).into(), (&table.on_device).into(), small, [num_rows, hidden]).unwrap();
-                let want = (0..num_rows).flat_map(|t| {
-                    let id = if carried[t] == NOT_CARRIED { ids[t] } else { last[carried[t] as usize] };
-                    table.values[id as usize * hidden..][..hidden].to_vec()
-                });
-                assert_eq!(read(&out, dtype), want.collect::<Vec<_>>(), "{dtype} {num_rows}x{hidden}");
+                for scale in [1.0, 33.941_124] {
+                    let out = poisoned(&device, num_rows * hidden * dtype.size_bytes());
+                    let scaled = ((&table.on_device).into(), scale);
+                    kernel.run(&device, (&out).into(), scaled, small, [num_rows, hidden]).unwrap();
+                    let want = (0..num_rows).flat_map(|t| {
+                        let id = if carried[t] == NOT_CARRIED { ids[t] } else { last[carried[t] as usize] };
+                        let row = &table.values[id as usize * hidden..][..hidden];
+                        row.iter().map(|x| rounded(scale * x, dtype)).collect::<Vec<_>>()
+                    });
+                    let what = format!("{dtype} {num_rows}x{hidden} times {scale}");
+                    assert_eq!(read(&out, dtype), want.collect::<Vec<_>>(), "{what}");
+                }
             }
         }
     }

@@ -1,5 +1,6 @@
 //! One launcher for each kernel: it checks shapes, and is the only place that launches it.
 
+pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod attention_decode;
 pub(crate) mod attention_prefill_sm80;
@@ -7,6 +8,7 @@ pub(crate) mod attention_prefill_sm90;
 pub(crate) mod attention_simple;
 pub(crate) mod attention_units;
 pub(crate) mod embed;
+pub(crate) mod gate;
 pub(crate) mod gather_rows;
 pub(crate) mod latent;
 pub(crate) mod linear;
@@ -15,7 +17,7 @@ pub(crate) mod operand;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod sample;
-pub(crate) mod silu_mul;
+pub(crate) mod soft_cap;
 
 #[cfg(test)]
 mod attention_fused_testing;

@@ -293,6 +293,8 @@ impl LatentAttention {
                 block_table: Span::from(&self.in_order).holding(OP, "blocks", num_blocks, 4)?,
                 window: 0,
                 scale: params.scale,
+                soft_cap: 0.0,
+                sinks: 0,
             };
             // SAFETY: sizes were checked just now, the table names blocks in order, and tiles are a plan's.
             unsafe { attention.launch(&launch)? };
@@ -387,6 +389,7 @@ fn shape(dtype: DType, params: &LatentParams, num_heads: usize) -> Shape {
         head_dim: params.q_dim() as u32,
         value_dim: params.v_dim as u32,
         block_size: EXPANDED_BLOCK as u32,
+        is_capped: false,
     }
 }
 
