@@ -9,7 +9,7 @@
 // go by in two stages of shared memory, filled by asynchronous copies, and are read from there twice. For scores each warp has a quarter of
 // the C + R features of all positions, so that its part of the queries stays in registers; the parts are added in shared memory, in
 // the order of the warps. Then each warp softens all scores, as all would otherwise wait once more, and has a quarter of the C
-// columns of the sums. A result depends on the row and its ranges only.
+// columns of the sums. A result depends on the row and its ranges only. Parts of a row are merged by latent_merge.
 //
 // Shared: stages [2][32][C + R + 8] T, where + 8 lets eight rows of one column fall into different banks; parts of scores [4][16][40] f32.
 // Limit: memory, 2 (C + R) bytes a position for 16 heads. Two blocks to a multiprocessor keep up to 148 KB on their way.
@@ -202,8 +202,21 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, 2) KERNEL(latent_de
                 if (warp == 0 && t == 0) store_pair(p.units.partial_ml + at * 2, m[r], l[r]);
             }
         }
-        if (unit.num_splits > 1 && is_last_part(p.units, unit, first_head)) merge_parts<4, 8>(p.units, unit, first_head, heads, C);
         __syncthreads(); // before the stages and scores are written again
+    }
+#endif
+}
+
+// Merges the parts of rows that are split: a block takes a head of a row at a time. A head's part is 4 C bytes, and would keep the block that
+// comes last busy for long.
+extern "C" __global__ void __launch_bounds__(C / 4) KERNEL(latent_merge)(const LatentDecodeParams p) {
+#if __CUDA_ARCH__ >= 800
+    let_next_start();
+    const u32 num_heads = p.units.num_heads, num_items = *p.units.num_units * num_heads;
+    wait_for_inputs();
+    for (u32 item = blockIdx.x; item < num_items; item += gridDim.x) {
+        const DecodeUnit& unit = p.units.units[item / num_heads];
+        if (unit.num_splits > 1 && unit.split == 0) merge_parts<4, 8>(p.units, unit, item % num_heads, 1, C);
     }
 #endif
 }

@@ -27,19 +27,29 @@ pub struct RandomWeights {
     shapes: BTreeMap<String, Vec<usize>>,
     seed: u64,
     dtype: DType,
+    /// Of tensors that are zero.
+    zero: Option<String>,
 }
 
 impl RandomWeights {
     /// Weights for `spec`, in bf16.
     #[must_use]
     pub fn new(spec: &ModelSpec, seed: u64) -> Self {
-        Self { shapes: Plan::new(spec).tensors().into_iter().collect(), seed, dtype: DType::BF16 }
+        Self { shapes: Plan::new(spec).tensors().into_iter().collect(), seed, dtype: DType::BF16, zero: None }
     }
 
     /// The type of all weights.
     #[must_use]
     pub fn dtype(mut self, dtype: DType) -> Self {
         self.dtype = dtype;
+        self
+    }
+
+    /// Routers give all experts of `spec` the same score, so that all tokens get the same experts, the first. Without it they are chosen
+    /// evenly. Some engines' random weights are so small that scores are equal once they are rounded: beside these it is the same work.
+    #[must_use]
+    pub fn tied_experts(mut self, spec: &ModelSpec) -> Self {
+        self.zero = spec.experts.map(|_| format!(".{}.weight", spec.names.experts.router));
         self
     }
 
@@ -62,11 +72,15 @@ impl WeightSource for RandomWeights {
 
     fn identity(&self) -> Option<String> {
         // The second number tells hashers apart: the standard library's may change.
-        Some(format!("random, version 1, seed {:x}, {:016x}", self.seed, self.seed_of("")))
+        let tied = if self.zero.is_some() { ", tied" } else { "" };
+        Some(format!("random, version 1, seed {:x}, {:016x}{tied}", self.seed, self.seed_of("")))
     }
 
     fn read(&self, name: &str) -> Option<Cow<'_, [u8]>> {
         let len = self.shapes.get(name)?.iter().product();
+        if self.zero.as_ref().is_some_and(|zero| name.ends_with(zero.as_str())) {
+            return Some(Cow::Owned(vec![0; len * self.dtype.size_bytes()]));
+        }
         let mean = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
         let seed = self.seed_of(name);
         Some(Cow::Owned(match self.dtype {
@@ -185,5 +199,15 @@ mod tests {
         assert!(read(1, one) != read(2, one));
         assert!(read(1, one) != read(1, two));
         assert_eq!(RandomWeights::new(&spec, 1).read("lm_head.weight"), None, "tied");
+    }
+
+    #[test]
+    fn tied_experts_have_routers_of_zeros_and_else_the_same_weights() {
+        let spec = shapes::named("deepseek-v2-lite").unwrap();
+        let (some, tied) = (RandomWeights::new(&spec, 1), RandomWeights::new(&spec, 1).tied_experts(&spec));
+        let router = "model.layers.1.mlp.gate.weight";
+        assert!(tied.read(router).unwrap().iter().all(|&byte| byte == 0) && some.read(router) != tied.read(router));
+        assert!(some.read("model.norm.weight") == tied.read("model.norm.weight"));
+        assert!(some.identity() != tied.identity());
     }
 }

@@ -31,6 +31,7 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
 
   --shape NAME          a published shape, filled with random weights in memory (qwen2.5-0.5b, ..)
   --weights TYPE        f32, f16 or bf16; of a shape (default: bf16)
+  --tied-experts        all tokens get the same experts (of a shape; default: they are chosen evenly)
   --model FOLDER        a checkpoint instead of a shape
   --device NAME         cpu (default), cuda or cuda:N
   --quantize SCHEME     quantizes weights: a16w8, a16w8-g32, a8w8, a16w4-g32, a16w4-g128-zp, a8w4-g32, ..,
@@ -114,7 +115,7 @@ impl FromStr for Kernels {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Model {
-    Shape(String, DType),
+    Shape { name: String, dtype: DType, tied_experts: bool },
     Folder(PathBuf),
 }
 
@@ -141,12 +142,16 @@ impl Options {
     fn parse(mut args: Arguments) -> Result<Self, ArgumentError> {
         let wrong = |message: &str| Err(ArgumentError(message.to_owned()));
         let weights = args.value::<Float>("--weights")?;
+        let tied_experts = args.flag("--tied-experts");
         let model = match (args.value::<String>("--shape")?, args.value::<PathBuf>("--model")?) {
             (Some(shape), None) if shapes::named(&shape).is_none() => {
                 let known: Vec<_> = shapes::names().collect();
                 return wrong(&format!("--shape {shape}: known are {}", known.join(", ")));
             }
-            (Some(shape), None) => Model::Shape(shape, weights.map_or(DType::BF16, |Float(dtype)| dtype)),
+            (Some(shape), None) => {
+                let dtype = weights.map_or(DType::BF16, |Float(dtype)| dtype);
+                Model::Shape { name: shape, dtype, tied_experts }
+            }
             (None, Some(_)) if weights.is_some() => return wrong("--weights is for a --shape; a --model has its own"),
             (None, Some(folder)) => Model::Folder(folder),
             _ => return wrong("one of --shape and --model is wanted"),
@@ -314,7 +319,8 @@ impl Bench {
 
     fn name(&self) -> String {
         match &self.options.model {
-            Model::Shape(shape, _) => shape.clone(),
+            Model::Shape { name, tied_experts: false, .. } => name.clone(),
+            Model::Shape { name, tied_experts: true, .. } => format!("{name} with tied experts"),
             Model::Folder(folder) => folder.display().to_string(),
         }
     }
@@ -476,14 +482,14 @@ impl Bench {
 /// Where the weights come from, what the model is, and the type of most of its weights.
 fn open(model: &Model) -> Result<(Source, ModelSpec, DType), Box<dyn Error>> {
     match model {
-        Model::Shape(name, dtype) => {
+        Model::Shape { name, dtype, tied_experts } => {
             let spec = shapes::named(name).ok_or("this shape is not known")?;
             let weight_type = match dtype {
                 DType::F32 => WeightType::F32,
                 DType::F16 => WeightType::F16,
                 DType::BF16 => WeightType::BF16,
             };
-            Ok((Source::random(name).weight_type(weight_type), spec, *dtype))
+            Ok((Source::random(name).weight_type(weight_type).tied_experts(*tied_experts), spec, *dtype))
         }
         Model::Folder(folder) => {
             let spec = ModelSpec::read(folder)?;
@@ -515,7 +521,8 @@ mod tests {
     #[test]
     fn measurements_are_read_or_the_usual_ones_are_made() {
         let options = parse("--shape qwen2.5-0.5b --weights f16 --prefill 1x8192,16x1024 --threads 3 --json").unwrap();
-        assert_eq!(options.model, Model::Shape("qwen2.5-0.5b".into(), DType::F16));
+        let name = "qwen2.5-0.5b".into();
+        assert_eq!(options.model, Model::Shape { name, dtype: DType::F16, tied_experts: false });
         let sizes: Vec<_> = options.prefill.iter().map(|p| (p.batch.get(), p.length.get())).collect();
         assert_eq!(sizes, [(1, 8192), (16, 1024)]);
         assert!(options.decode.is_empty() && options.json);

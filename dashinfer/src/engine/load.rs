@@ -50,13 +50,15 @@ pub enum Source {
         seed: u64,
         /// The type of the weights.
         weights: WeightType,
+        /// Whether all tokens get the same experts; see [`Source::tied_experts`].
+        tied_experts: bool,
     },
 }
 
 impl Source {
     /// See [`Source::Random`]: seed 0, in bf16.
     pub fn random(shape: impl Into<String>) -> Self {
-        Self::Random { shape: shape.into(), seed: 0, weights: WeightType::default() }
+        Self::Random { shape: shape.into(), seed: 0, weights: WeightType::default(), tied_experts: false }
     }
 
     /// The type of random weights. Default: [`WeightType::BF16`]. Without effect on files, whose weights are what they are.
@@ -64,6 +66,15 @@ impl Source {
     pub fn weight_type(mut self, weight_type: WeightType) -> Self {
         if let Self::Random { weights, .. } = &mut self {
             *weights = weight_type;
+        }
+        self
+    }
+
+    /// With random weights of routers, tokens choose experts evenly; with this, all choose the same. Without effect on files.
+    #[must_use]
+    pub fn tied_experts(mut self, tied: bool) -> Self {
+        if let Self::Random { tied_experts, .. } = &mut self {
+            *tied_experts = tied;
         }
         self
     }
@@ -506,12 +517,13 @@ impl Opened {
                 let source = Box::new(file.into_weights(&spec));
                 Ok(Self { spec, source, defaults, tokenizer, unread_tokenizer: None })
             }
-            Source::Random { shape, seed, weights } => {
+            Source::Random { shape, seed, weights, tied_experts } => {
                 let Some(spec) = shapes::named(shape) else {
                     let hint = " among the published shapes (see `dashinfer_models::shapes`)";
                     return Err(Error::NoSuchModel { path: shape.into(), hint });
                 };
-                let source = Box::new(RandomWeights::new(&spec, *seed).dtype(weights.dtype()));
+                let source = RandomWeights::new(&spec, *seed).dtype(weights.dtype());
+                let source = Box::new(if *tied_experts { source.tied_experts(&spec) } else { source });
                 let defaults = GenerationDefaults::default();
                 Ok(Self { spec, source, defaults, tokenizer: None, unread_tokenizer: None })
             }

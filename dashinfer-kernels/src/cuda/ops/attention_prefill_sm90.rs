@@ -489,7 +489,7 @@ mod tests {
         let sequences = &[(1, 1), (300, 300), (500, 100)];
         check_all(with_head_dims(Case { has_sinks: true, sequences, ..BASE }));
         for window in [1, 128] {
-            let shape = Shape { num_heads: 16, num_kv_heads: 2, head_dim: 64, ..BASE.shape };
+            let shape = Shape { num_heads: 16, num_kv_heads: 2, head_dim: 64, value_dim: 64, ..BASE.shape };
             check_all([Case { shape, has_sinks: true, window, sequences, ..BASE }]);
         }
     }

@@ -35,8 +35,10 @@ const SHARED: usize = STAGES * CHUNK * ((RANK + ROPE) * 2 + 16) + WARPS * TILE_H
 #[derive(Debug)]
 pub(crate) struct LatentDecode {
     kernel: Kernel,
+    merge: Kernel,
     dtype: DType,
     grid: u32,
+    merge_grid: u32,
 }
 
 impl LatentDecode {
@@ -48,10 +50,14 @@ impl LatentDecode {
     /// # Errors
     /// What compiling may say.
     pub(crate) fn new(device: &Arc<Device>, dtype: DType) -> Result<Self, KernelError> {
-        let kernel = typed_kernel(device, &UNIT, dtype, &options().each_ref().map(String::as_str), "latent_decode")?;
+        let options = options();
+        let options = options.each_ref().map(String::as_str);
+        let kernel = typed_kernel(device, &UNIT, dtype, &options, "latent_decode")?;
+        let merge = typed_kernel(device, &UNIT, dtype, &options, "latent_merge")?;
         // Two blocks need 166 KB.
         let blocks = if matches!(device.arch.number(), 90 | 100 | 103) { 2 } else { 1 };
-        Ok(Self { kernel: kernel.with_shared(SHARED as u32)?, dtype, grid: device.num_sms * blocks })
+        let (grid, merge_grid) = (device.num_sms * blocks, device.num_sms * 8);
+        Ok(Self { kernel: kernel.with_shared(SHARED as u32)?, merge, dtype, grid, merge_grid })
     }
 
     /// Blocks that run at once.
@@ -59,9 +65,9 @@ impl LatentDecode {
         self.grid as usize
     }
 
-    /// Positions that a row is not split into less of: its merge takes what some 300 positions take.
+    /// Positions that a row is not split into less of: two chunks.
     pub(crate) fn min_split(&self) -> usize {
-        256
+        64
     }
 
     /// Writes the means of the units' rows.
@@ -80,6 +86,9 @@ impl LatentDecode {
         let launch = Launch { grid: [self.grid, 1, 1], block: WARPS as u32 * 32, shared: SHARED as u32 };
         // SAFETY: this is the kernel's parameter; sizes were checked just now, and units are a plan's, which name rows, blocks and
         // slots of the batch and the workspace that it was made for.
-        unsafe { self.kernel.launch(device, launch, &mut Args::new().value(&params)) }
+        unsafe { self.kernel.launch(device, launch, &mut Args::new().value(&params))? };
+        let launch = Launch { grid: [self.merge_grid, 1, 1], block: RANK as u32 / 4, shared: 0 };
+        // SAFETY: as above.
+        unsafe { self.merge.launch(device, launch, &mut Args::new().value(&params)) }
     }
 }
