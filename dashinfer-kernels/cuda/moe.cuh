@@ -1,5 +1,6 @@
 // What the kernels of a mixture of experts share: packed weights, the lists that routing makes, how results are written.
 #pragma once
+#include "activation.cuh"
 #include "mma.cuh"
 
 #ifndef GATED // whether weights are gates and ups
@@ -34,9 +35,6 @@ __device__ __forceinline__ ExpertTile load_tile(const ExpertTile* tiles, u32 ind
 
 // Where piece `piece` of row `row` lies in a step, of weights or of x.
 __device__ __forceinline__ u32 place_of(u32 row, u32 piece) { return row * 128 + (piece ^ row % 8) * 16; }
-
-// The same as in activation.cuh.
-__device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.f + __expf(-gate)); }
 
 // An 8x8 tile of 16-bit values, lane 4g + t with (g, 2t) and (g, 2t + 1), transposed.
 __device__ __forceinline__ u32 transposed(u32 x) {
@@ -76,12 +74,12 @@ __device__ __forceinline__ Biases load_biases(const float* bias, u32 expert, u32
 
 // Writes 8 tokens of a warp, from `row` on: `first` and `second` are sums as a product leaves them (tokens 2t, 2t + 1 of feature g,
 // then of feature g + 8) of gates and of ups of features from `col` on; or, not gated, of features from `col` and from `col + 64` on.
-__device__ __forceinline__ void write_tokens(T* out, u32 num_cols, u32 row, u32 end_row, u32 col, const Biases& bias, const float* first,
-                                             const float* second) {
+__device__ __forceinline__ void write_tokens(T* out, u32 num_cols, u32 row, u32 end_row, u32 col, const Biases& bias, Clamp clamp,
+                                             const float* first, const float* second) {
     if constexpr (GATED != 0) {
         float x[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = silu(first[i] + bias.at[i / 2]) * (second[i] + bias.at[2 + i / 2]);
+        for (int i = 0; i < 4; ++i) x[i] = gated(first[i] + bias.at[i / 2], second[i] + bias.at[2 + i / 2], clamp);
         write_features(out, num_cols, row, end_row, col, pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
     } else {
 #pragma unroll

@@ -1,6 +1,6 @@
 // nvrtc: sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
 // out[r, n] = sum_k x[x_rows[r], k] * w[e(r), n, k] + bias[e(r), n]            for rows r, sorted by expert e(r)
-// GATED: out[r, n] = silu(gate) * up, of w [2N, K], rows of gates and then of ups, and a bias [2N]
+// GATED: out[r, n] = f(gate, up) (activation.cuh), of w [2N, K], rows of gates and then of ups, and a bias [2N]
 //
 //   out: [P, N] T   x: T, rows of K; x_rows null: row r   w: packed, moe.cuh   bias: [experts, N or 2N] f32, may be null   K, N % 8 == 0
 //
@@ -35,7 +35,7 @@ static_assert(TOKENS % 16 == 0 && TILE_N * 8 % THREADS == 0 && THREADS % 64 == 0
 
 extern "C" __global__ void __launch_bounds__(128 * WARPS_N)
     KERNEL(moe_tiles_sm80)(T* out, const T* x, const u32* x_rows, const T* w, const float* bias, const ExpertTile* tiles, const u32* num_tiles,
-                           u32 num_cols, u32 num_k) {
+                           u32 num_cols, u32 num_k, Clamp clamp) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) u8 shared[];
     const u32 smem = smem_u32(shared);
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(128 * WARPS_N)
         for (u32 i = 0; i < TOKENS / 8; ++i)
             if (first_token + 8 * i < tile.num_rows)
                 write_tokens(out, num_cols, tile.first_row + first_token + 8 * i, tile.first_row + tile.num_rows,
-                                    block * FEATURES + 16 * warp_m, biases, sums[0][i], sums[1][i]);
+                                    block * FEATURES + 16 * warp_m, biases, clamp, sums[0][i], sums[1][i]);
     }
     cp_async_wait<0>();
 #endif

@@ -1,6 +1,6 @@
 // nvrtc: sm_90a
 // out[r, n] = sum_k x[x_rows[r], k] * w[e(r), n, k] + bias[e(r), n]            for rows r, sorted by expert e(r)
-// GATED: out[r, n] = silu(gate) * up, of w [2N, K], rows of gates and then of ups, and a bias [2N]
+// GATED: out[r, n] = f(gate, up) (activation.cuh), of w [2N, K], rows of gates and then of ups, and a bias [2N]
 //
 //   out: [P, N] T   x: T, rows of K; x_rows null: row r   w: packed, moe.cuh   bias: [experts, N or 2N] f32, may be null   K, N % 8 == 0
 //
@@ -160,7 +160,8 @@ __device__ __forceinline__ void write_staged(u32 smem, T* out, u32 num_cols, con
 }
 
 // One warpgroup: weight block `group` of each item.
-__device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, const float* bias, u32 num_cols, u32 group, u32 thread) {
+__device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, const float* bias, u32 num_cols, Clamp clamp, u32 group,
+                                         u32 thread) {
     const u32 warp = thread / 32, lane = thread % 32;
     const u64 first_w = matrix_descriptor<128>(smem + group * STEP_BYTES, HALF_BYTES), first_x = matrix_descriptor<128>(smem + X_AT, X_BYTES);
     Place at;
@@ -199,7 +200,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
 #pragma unroll
                     for (u32 j = 0; j < 2; ++j) {
                         const u32 at = 4 * i + 2 * high + j;
-                        x[j] = silu(first[at] + biases.at[high]) * (second[at] + biases.at[2 + high]);
+                        x[j] = gated(first[at] + biases.at[high], second[at] + biases.at[2 + high], clamp);
                     }
                     return pack2<T>(x[0], x[1]);
                 });
@@ -217,7 +218,8 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
 #pragma unroll
         for (u32 i = 0; i < TILE_N / 8; ++i)
             if (8 * i < tile.num_rows)
-                write_tokens(out, num_cols, tile.first_row + 8 * i, tile.first_row + tile.num_rows, col, biases, first + 4 * i, second + 4 * i);
+                write_tokens(out, num_cols, tile.first_row + 8 * i, tile.first_row + tile.num_rows, col, biases, clamp, first + 4 * i,
+                             second + 4 * i);
     });
 }
 } // namespace
@@ -225,7 +227,7 @@ __device__ __forceinline__ void multiply(const Problem& p, u32 smem, T* out, con
 
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     KERNEL(moe_tiles_sm90)(T* out, const T* x, const u32* x_rows, const T* w, const float* bias, const ExpertTile* tiles, const u32* num_tiles,
-                           u32 num_cols, u32 num_k, u32 early) {
+                           u32 num_cols, u32 num_k, Clamp clamp, u32 early) {
 #if __CUDA_ARCH__ == 900
     extern __shared__ __align__(1024) u8 shared[];
     const u32 smem = (smem_u32(shared) + 1023) / 1024 * 1024;
@@ -258,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
             gather_rows(problem, smem, x, x_rows, num_k, threadIdx.x - 128 * GROUPS - 32);
         }
     } else {
-        multiply(problem, smem, out, bias, num_cols, group, threadIdx.x % 128);
+        multiply(problem, smem, out, bias, num_cols, clamp, group, threadIdx.x % 128);
     }
 #endif
 }

@@ -334,19 +334,20 @@ pub enum Feature {
 }
 
 impl Feature {
-    /// Whether there are kernels for it on GPUs, be it on some kinds of them: `CudaBackend` has no other. For those who have no GPU
-    /// to ask, such as documents.
+    /// Whether there is what it takes on GPUs, be it on some kinds of them: `CudaBackend` has no other. For those who have no GPU
+    /// to ask, such as documents. Weights that were stored quantized are [converted](Backend::dense_only).
     #[must_use]
     pub const fn on_gpus(self) -> bool {
         match self {
-            Self::Experts | Self::LatentAttention => true,
             Self::EmbeddingScale
             | Self::GeluTanh
             | Self::AttentionSoftCap
             | Self::AttentionSinks
             | Self::LogitSoftCap
             | Self::ClampedSwiglu
-            | Self::StoredQuantization => false,
+            | Self::Experts
+            | Self::LatentAttention
+            | Self::StoredQuantization => true,
         }
     }
 }
@@ -430,7 +431,7 @@ pub trait Backend: Send + 'static {
 
     /// [`pack`](Self::pack), of parts that were quantized before they were stored; [`Feature::StoredQuantization`]. With a scheme that can hold the codes of all parts
     /// ([`Scheme::holding`]) they are packed as they are, in the order that the parts have in common; with another, their values are
-    /// quantized anew. `None`: as f32, not quantized any more.
+    /// quantized anew. `None`: not quantized any more, as f32 or what is [computed in](Self::dense_only).
     ///
     /// # Errors
     /// Those of [`pack`](Self::pack); [`KernelError::Unsupported`] from a backend that has no kernels for them.
@@ -442,6 +443,11 @@ pub trait Backend: Send + 'static {
     ) -> Result<Self::Linear, KernelError> {
         let what = Feature::StoredQuantization.to_string();
         Err(KernelError::Unsupported { op: "pack", what, backend: self.name() })
+    }
+
+    /// The type that all weights are packed in by a backend without kernels for quantized ones; `None`: it has some.
+    fn dense_only(&self) -> Option<DType> {
+        None
     }
 
     /// The weights of a packed matrix, `[rows, cols]`, in the order of its input features.

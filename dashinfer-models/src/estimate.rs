@@ -169,6 +169,38 @@ mod tests {
     }
 
     #[test]
+    fn where_there_are_no_schemes_stored_weights_count_as_what_is_computed_in() {
+        let goldens = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens");
+        let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };
+        for name in ["gptq-4bit-g32-desc-act", "awq-4bit-g128", "fp8-tensor", "gpt-oss-mxfp4", "fp8-block-deepseek-v3"]
+        {
+            let folder = std::path::Path::new(goldens).join(name);
+            let spec = ModelSpec::read(&folder).unwrap();
+            let source = crate::Checkpoint::open(&folder).unwrap();
+            for (quantization, dtype) in [(Quantization::AS_STORED, DType::BF16), (Quantization::NONE, DType::F16)] {
+                let quantization = quantization.dense_only(dtype);
+                let (plan, stored) = (Plan::new(&spec), spec.stored_quantization.as_ref());
+                let conversions = crate::formats::conversions(&plan, &source, stored, quantization).unwrap();
+                assert!(!conversions.is_empty(), "{name}");
+                for conversion in conversions {
+                    assert_eq!((conversion.to, conversion.as_stored), (crate::PackedAs::Dense(dtype), false), "{name}");
+                }
+                let dense = |rows, cols, _, scheme: Option<Scheme>| {
+                    assert_eq!(scheme, None, "{name}");
+                    rows * cols * dtype.size_bytes()
+                };
+                let estimate = MemoryEstimate::new(&spec, &source, dtype, dtype.into(), limits, quantization, &dense);
+                // Two bytes of each parameter; vectors and biases take four.
+                let (found, least) = (estimate.unwrap().weight_bytes, 2 * spec.num_parameters() as u64);
+                assert!((least..least * 11 / 10).contains(&found), "{name}: {found}, {least}");
+            }
+            // A scheme that is asked for is what there is to be refused.
+            let scheme: Scheme = "a16w8-g32".parse().unwrap();
+            assert_eq!(Quantization::new(scheme).dense_only(DType::BF16).layers_scheme(), Some(scheme));
+        }
+    }
+
+    #[test]
     fn weights_of_another_model_have_no_estimate() {
         let (small, large) = (shapes::named("qwen2.5-0.5b").unwrap(), shapes::named("qwen2.5-1.5b").unwrap());
         let limits = StepLimits { max_tokens: 1, max_logit_rows: 1 };

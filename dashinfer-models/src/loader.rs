@@ -52,6 +52,7 @@ pub(crate) fn load<B: Backend>(
     on_progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(B, Loaded<B>), LoadError> {
     let (plan, stored) = (Plan::new(spec), spec.stored_quantization.as_ref());
+    let quantization = backend.dense_only().map_or(quantization, |dtype| quantization.dense_only(dtype));
     if quantization.is_compensated() {
         compensation::check(&backend, spec, quantization)?;
     }

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use dashinfer_kernels::{Group, Scheme, UnknownScheme};
+use dashinfer_kernels::{DType, Group, Scheme, UnknownScheme};
 
 use crate::{ModelSpec, weights::Role};
 
@@ -10,12 +10,15 @@ use crate::{ModelSpec, weights::Role};
 ///
 /// Of a checkpoint that was quantized before it was stored, [`AS_STORED`](Self::AS_STORED), the default, keeps the stored integers
 /// where there are kernels for them, and takes the nearest scheme where there are none, [`NONE`](Self::NONE) makes f32 of them, and a
-/// scheme keeps them if it can hold them, else their values are quantized anew.
+/// scheme keeps them if it can hold them, else their values are quantized anew. On a GPU, which has no kernels for quantized weights yet,
+/// the first two make what it computes in of them: bf16 or f16.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Quantization {
     layers: Choice,
     vocabulary: Choice,
     compensated: bool,
+    /// What there is instead of schemes, on a backend that has none.
+    dense_only: Option<DType>,
 }
 
 /// What becomes of some weights.
@@ -40,10 +43,12 @@ impl Choice {
 
 impl Quantization {
     /// Every weight as it is stored, quantized or not.
-    pub const AS_STORED: Self = Self { layers: Choice::AsStored, vocabulary: Choice::AsStored, compensated: false };
+    pub const AS_STORED: Self =
+        Self { layers: Choice::AsStored, vocabulary: Choice::AsStored, compensated: false, dense_only: None };
 
     /// Every weight in floating point: as it is stored, or in f32 if it is stored quantized.
-    pub const NONE: Self = Self { layers: Choice::Dense, vocabulary: Choice::Dense, compensated: false };
+    pub const NONE: Self =
+        Self { layers: Choice::Dense, vocabulary: Choice::Dense, compensated: false, dense_only: None };
 
     /// All linear operators of the layers by `scheme`; the embedding and the head by it too if it has 8-bit weights, else by
     /// [`A16W8`](Scheme::A16W8) with groups of 32, since tokens that look alike differ by little there.
@@ -53,7 +58,8 @@ impl Quantization {
             Scheme::A16W4 { .. } | Scheme::A8W4 { .. } => Scheme::A16W8 { group: Some(Group::G32) },
             other => other,
         };
-        Self { layers: Choice::Scheme(scheme), vocabulary: Choice::Scheme(vocabulary), compensated: false }
+        let (layers, vocabulary) = (Choice::Scheme(scheme), Choice::Scheme(vocabulary));
+        Self { layers, vocabulary, compensated: false, dense_only: None }
     }
 
     /// The embedding and the head by `scheme` instead, or with `None` as they are stored.
@@ -82,6 +88,19 @@ impl Quantization {
         self.compensated
     }
 
+    /// The same on a backend that has [no kernels](dashinfer_kernels::Backend::dense_only) for quantized weights and computes in
+    /// `dtype`: what is stored quantized becomes that, unless a scheme is asked for. Loading sees to it; for an estimate.
+    #[must_use]
+    pub const fn dense_only(mut self, dtype: DType) -> Self {
+        self.dense_only = Some(dtype);
+        self
+    }
+
+    /// What weights become that are stored quantized, if it is no scheme.
+    pub(crate) const fn dense_type(&self) -> Option<DType> {
+        self.dense_only
+    }
+
     /// The scheme of the layers' linear operators, if it does not depend on how they are stored.
     #[must_use]
     pub const fn layers_scheme(&self) -> Option<Scheme> {
@@ -98,7 +117,7 @@ impl Quantization {
     #[must_use]
     pub fn rounds_activations(&self, spec: &ModelSpec) -> bool {
         let rounds = |choice| match choice {
-            Choice::AsStored => spec.stored_quantization.is_some(),
+            Choice::AsStored => spec.stored_quantization.is_some() && self.dense_only.is_none(),
             Choice::Dense => false,
             Choice::Scheme(_) => true,
         };
@@ -106,9 +125,13 @@ impl Quantization {
     }
 
     pub(crate) fn choice(&self, role: Role) -> Choice {
+        let free = |choice| match (choice, self.dense_only) {
+            (Choice::AsStored, Some(_)) => Choice::Dense,
+            _ => choice,
+        };
         match role {
-            Role::Layer => self.layers,
-            Role::Vocabulary => self.vocabulary,
+            Role::Layer => free(self.layers),
+            Role::Vocabulary => free(self.vocabulary),
             // Never quantized.
             Role::Router => Choice::Dense,
             Role::Latent => match self.layers {

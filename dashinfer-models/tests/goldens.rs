@@ -564,6 +564,34 @@ mod cuda {
         }
     }
 
+    /// What was stored quantized is computed in the type of the rest, and `Decoder::conversions` says so; all cases are computed below.
+    #[test]
+    fn what_was_stored_quantized_is_converted() {
+        for dtype in [DType::BF16, DType::F16] {
+            for case in cases(F32).iter().filter(|case| case.spec().stored_quantization.is_some()) {
+                let Some(backend) = backend(dtype, false) else { return };
+                let Some(decoder) = case.load_as(backend, Quantization::AS_STORED) else { continue };
+                let found: Vec<_> = decoder.conversions().iter().map(ToString::to_string).collect();
+                let name = case.name();
+                assert!(!found.is_empty(), "{name}");
+                for conversion in &found {
+                    assert!(conversion.contains(&format!(" → {dtype} (")), "{name}: {found:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_cannot_be_quantized() {
+        let Some(case) = cases(F32).into_iter().find(|case| case.name() == "gptq-4bit-g128") else { panic!("no case") };
+        let Some(backend) = backend(DType::BF16, false) else { return };
+        let mut checkpoint = Checkpoint::open(&case.folder).unwrap();
+        let (limits, scheme) = (StepLimits { max_tokens: 8, max_logit_rows: 8 }, "a16w4-g128".parse().unwrap());
+        let loaded = Decoder::load(backend, case.spec(), &mut checkpoint, limits, scheme, &mut |_| ());
+        let error = loaded.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("quantizing weights to a16w4-g128"), "{error}");
+    }
+
     goldens!(in_f32, || backend(DType::F32, false), F32);
     goldens!(in_f16, || backend(DType::F16, false), F16);
     goldens!(in_bf16, || backend(DType::BF16, false), BF16);

@@ -78,7 +78,9 @@ fn map(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
     // A hint; a kernel without huge pages refuses it, and nothing is lost.
     // SAFETY: the range lies in the mapping, starts on a page, and the advice does not change its contents.
     #[cfg(not(miri))] // which has no such call, and needs none: it is advice
-    unsafe { libc::madvise(aligned, bytes, libc::MADV_HUGEPAGE) };
+    unsafe {
+        libc::madvise(aligned, bytes, libc::MADV_HUGEPAGE)
+    };
     Some((NonNull::new(aligned.cast())?, Memory::Mapping { start, bytes: mapped }))
 }
 

@@ -33,9 +33,11 @@ use super::tensors::{CudaKvCache, CudaTensor, CudaVector};
 use super::upload::{Source, Uploader};
 use super::{CudaDevice, packed_bytes};
 use crate::error::check;
+use crate::quant::stored::StoredStack;
 use crate::{
     Activation, AttentionParams, Backend, CacheLayout, DType, Feature, Issue, KernelError, KvCacheSpec, LatentHeads,
-    LatentParams, MatrixView, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, StepRows, TensorUse, to_f32,
+    LatentParams, MatrixView, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, StepRows, StoredMatrix, TensorUse,
+    to_f32,
 };
 
 /// How the backend computes.
@@ -47,8 +49,11 @@ pub struct CudaConfig {
     pub deterministic: bool,
 }
 
-fn unsupported(op: &'static str, feature: Feature) -> KernelError {
-    KernelError::Unsupported { op, what: feature.to_string(), backend: "cuda" }
+/// There are no kernels for quantized weights.
+fn check_scheme(scheme: Option<Scheme>) -> Result<(), KernelError> {
+    let Some(scheme) = scheme else { return Ok(()) };
+    let what = format!("quantizing weights to {scheme}");
+    Err(KernelError::Unsupported { op: "pack", what, backend: "cuda" })
 }
 
 /// Rows of the largest step that is recorded.
@@ -199,6 +204,27 @@ impl CudaBackend {
         self.inv_freq.get(index).map(|(rope, buffer)| (rope, buffer)).ok_or(wanted)
     }
 
+    /// The matrix of `sources`, stacked, in the type that is computed in.
+    fn uploaded(
+        &self,
+        sources: &[Source<'_>],
+        [rows, cols]: [usize; 2],
+        bias: Option<&[f32]>,
+    ) -> Result<CudaLinear, KernelError> {
+        let dtype = self.config.dtype;
+        let weight = self.device.alloc("a weight matrix", packed_bytes(rows, cols, dtype))?;
+        self.uploader.upload(&weight, sources, dtype)?;
+        let bias_of = |bias: &[f32], dtype: DType| -> Result<Buffer, KernelError> {
+            let bytes: &[u8] = bytemuck::cast_slice(bias);
+            let buffer = self.device.alloc("a bias", bias.len() * dtype.size_bytes())?;
+            self.uploader.upload(&buffer, &[Source::Plain { bytes, dtype: DType::F32 }], dtype)?;
+            Ok(buffer)
+        };
+        let bias_f32 = bias.map(|bias| bias_of(bias, DType::F32)).transpose()?;
+        let bias_t = bias.map(|bias| bias_of(bias, dtype)).transpose()?;
+        Ok(CudaLinear { weight, bias_f32, bias_t, rows, cols, dtype })
+    }
+
     /// Rotates what was left to attention, if there is something.
     fn finish_rope(&mut self) -> Result<(), KernelError> {
         match self.current.rope.take() {
@@ -275,32 +301,35 @@ impl Backend for CudaBackend {
         scheme: Option<Scheme>,
     ) -> Result<CudaLinear, KernelError> {
         const OP: &str = "pack";
-        if let Some(scheme) = scheme {
-            let what = format!("quantizing weights to {scheme}");
-            return Err(KernelError::Unsupported { op: OP, what, backend: "cuda" });
-        }
+        check_scheme(scheme)?;
         let cols = parts.first().map_or(0, |part| part.cols);
         for part in parts {
             check(OP, "columns of a part", cols, part.cols)?;
             let bytes = part.rows.saturating_mul(cols).saturating_mul(part.dtype.size_bytes());
             check(OP, "bytes of a part", bytes, part.bytes.len())?;
         }
-        let (rows, dtype) = (parts.iter().map(|part| part.rows).sum::<usize>(), self.config.dtype);
+        let rows = parts.iter().map(|part| part.rows).sum::<usize>();
         if let Some(bias) = bias {
             check(OP, "length of the bias", rows, bias.len())?;
         }
-        let weight = self.device.alloc("a weight matrix", packed_bytes(rows, cols, dtype))?;
-        let sources: Vec<_> = parts.iter().map(|part| Source { bytes: part.bytes, dtype: part.dtype }).collect();
-        self.uploader.upload(&weight, &sources, dtype)?;
-        let bias_of = |bias: &[f32], dtype: DType| -> Result<Buffer, KernelError> {
-            let bytes: &[u8] = bytemuck::cast_slice(bias);
-            let buffer = self.device.alloc("a bias", bias.len() * dtype.size_bytes())?;
-            self.uploader.upload(&buffer, &[Source { bytes, dtype: DType::F32 }], dtype)?;
-            Ok(buffer)
-        };
-        let bias_f32 = bias.map(|bias| bias_of(bias, DType::F32)).transpose()?;
-        let bias_t = bias.map(|bias| bias_of(bias, dtype)).transpose()?;
-        Ok(CudaLinear { weight, bias_f32, bias_t, rows, cols, dtype })
+        let sources: Vec<_> = parts.iter().map(|part| Source::Plain { bytes: part.bytes, dtype: part.dtype }).collect();
+        self.uploaded(&sources, [rows, cols], bias)
+    }
+
+    fn pack_stored(
+        &self,
+        parts: &[&dyn StoredMatrix],
+        bias: Option<&[f32]>,
+        scheme: Option<Scheme>,
+    ) -> Result<CudaLinear, KernelError> {
+        check_scheme(scheme)?;
+        let stack = StoredStack::new(parts, bias)?;
+        let sources: Vec<_> = parts.iter().map(|part| Source::Stored(*part)).collect();
+        self.uploaded(&sources, [stack.rows, stack.cols], bias)
+    }
+
+    fn dense_only(&self) -> Option<DType> {
+        Some(self.config.dtype)
     }
 
     fn packed_bytes(&self, rows: usize, cols: usize, _: DType, _: Option<Scheme>) -> usize {
@@ -686,9 +715,6 @@ impl Backend for CudaBackend {
         scratch: &mut CudaExpertScratch,
     ) -> Result<(), KernelError> {
         const OP: &str = "experts";
-        if let Some(feature) = activation.feature() {
-            return Err(unsupported(OP, feature));
-        }
         check(OP, "columns of x", experts.hidden, x.cols)?;
         check(OP, "columns of the logits", routing.num_experts, logits.cols)?;
         check(OP, "rows of the logits", x.rows, logits.rows)?;
@@ -702,6 +728,7 @@ impl Backend for CudaBackend {
             x: x.span(),
             logits: logits.span(),
             correction: correction.map(|correction| (&correction.buffer).into()),
+            activation,
             num_rows: x.rows,
         };
         self.moe.run(&operands, experts, routing, scratch)

@@ -227,9 +227,10 @@ fn linear_simple(_: Arch) -> Vec<Vec<String>> {
     ["-DTILE_M=16", "-DTILE_M=64"].into_iter().flat_map(of).collect()
 }
 
-/// Every tile, for gates and ups and for down.
+/// Every tile, for gates and ups with each function and for down.
 fn moe_tiles(tiles: &[ops::moe::tiles::Tile]) -> Vec<Vec<String>> {
-    tiles.iter().flat_map(|tile| [false, true].map(|gated| tile.options(gated))).collect()
+    let gated = || (0..ops::activation::OPTIONS.len()).map(Some).chain([None]);
+    tiles.iter().flat_map(|tile| gated().map(|gated| tile.options(gated))).collect()
 }
 
 fn gated_or_not(_: Arch) -> Vec<Vec<String>> {

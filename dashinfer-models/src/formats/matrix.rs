@@ -67,7 +67,8 @@ impl MatrixForm {
             Choice::Scheme(scheme) => Some(scheme),
         };
         let order = order.is_some() && scheme.as_ref().is_some_and(fits);
-        Ok(Self { parts, dtype: DType::F32, scheme, order })
+        let dtype = quantization.dense_type().filter(|_| scheme.is_none()).unwrap_or(DType::F32);
+        Ok(Self { parts, dtype, scheme, order })
     }
 
     /// Whether any part was quantized before it was stored.
@@ -116,11 +117,12 @@ impl HeadsForm {
         quantization: Quantization,
     ) -> Result<Self, WeightsError> {
         let module = heads_module(stored, source, plan)?;
-        let dtype = match (&module, quantization.choice(Role::Latent)) {
-            (None, _) => dense_type(source, StoredHeads::new(plan).part),
-            (Some(_), Choice::Dense) => DType::F32,
+        let dtype = match (&module, quantization.dense_type(), quantization.choice(Role::Latent)) {
+            (None, ..) => dense_type(source, StoredHeads::new(plan).part),
+            (Some(_), Some(dtype), _) => dtype,
+            (Some(_), None, Choice::Dense) => DType::F32,
             // What is lost is less than quantizing has cost, and half the memory.
-            (Some(_), Choice::AsStored | Choice::Scheme(_)) => DType::BF16,
+            (Some(_), None, Choice::AsStored | Choice::Scheme(_)) => DType::BF16,
         };
         Ok(Self { stored: module, dtype })
     }

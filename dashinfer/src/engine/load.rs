@@ -391,7 +391,7 @@ impl Load {
         let limits = StepLimits { max_tokens, max_logit_rows: (max_batch + MAX_ALL_LOGITS).min(max_tokens) };
         let compute = target.compute_type(set.compute.dtype(), opened)?;
         let kv_cache = target.kv_cache_type(set.kv_cache.cache_type(), &opened.spec, compute)?;
-        target.check_quantization(set.quantization, &opened.spec)?;
+        target.check_quantization(set.quantization)?;
         let packed_bytes = |rows, cols, stored, scheme| target.packed_bytes(rows, cols, stored, scheme, compute);
         let (spec, source) = (&opened.spec, opened.source.as_ref());
         let mut model = MemoryEstimate::new(
@@ -400,7 +400,7 @@ impl Load {
             target.activation_type(compute),
             kv_cache,
             limits,
-            set.quantization,
+            target.quantization(set.quantization, compute),
             &packed_bytes,
         )?;
         model.activation_bytes += target.workspace_bytes(spec, limits, compute, set.quantization);

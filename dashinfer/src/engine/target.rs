@@ -86,14 +86,19 @@ impl Target {
         }
     }
 
-    /// Whether weights of `spec` can be quantized as asked for.
-    pub(super) fn check_quantization(&self, quantization: Quantization, spec: &ModelSpec) -> Result<(), Error> {
-        if let (Self::Cuda(_), Some(stored)) = (self, &spec.stored_quantization) {
-            return Err(unsupported(format!("weights that were stored quantized ({stored})"), "cuda"));
-        }
+    /// Whether weights can be quantized as asked for.
+    pub(super) fn check_quantization(&self, quantization: Quantization) -> Result<(), Error> {
         match (self, quantization.layers_scheme().or(quantization.vocabulary_scheme())) {
             (Self::Cuda(_), Some(scheme)) => Err(unsupported(format!("quantizing weights to {scheme}"), "cuda")),
             _ => Ok(()),
+        }
+    }
+
+    /// What becomes of weights, as far as it is known here.
+    pub(super) fn quantization(&self, quantization: Quantization, compute: DType) -> Quantization {
+        match self {
+            Self::Cpu => quantization,
+            Self::Cuda(_) => quantization.dense_only(compute),
         }
     }
 
@@ -194,7 +199,12 @@ fn most_stored(opened: &Opened) -> DType {
         let of_type = infos.filter(|info| info.dtype == StoredType::Float(dtype));
         of_type.map(|info| info.shape.iter().product::<usize>()).sum()
     };
-    [DType::BF16, DType::F16, DType::F32].into_iter().max_by_key(|&dtype| count(dtype)).unwrap_or(DType::BF16)
+    // Beside quantized weights, f32 is what scales and norms are in: it says nothing of what the weights are worth.
+    let types: &[DType] = match opened.spec.stored_quantization {
+        Some(_) => &[DType::F16, DType::BF16],
+        None => &[DType::BF16, DType::F16, DType::F32],
+    };
+    types.iter().copied().max_by_key(|&dtype| count(dtype)).unwrap_or(DType::BF16)
 }
 
 /// A build without GPUs: there is no device that could be opened.

@@ -19,7 +19,7 @@ use crate::cuda::kernel::{Args, Kernel, Launch};
 use crate::cuda::memory::Buffer;
 use crate::cuda::units::Unit;
 use crate::error::check;
-use crate::{DType, KernelError, Routing};
+use crate::{Activation, DType, KernelError, Routing};
 
 use packed::CudaExperts;
 use route::Route;
@@ -133,6 +133,7 @@ pub(crate) struct Operands<'a> {
     pub(crate) logits: Span<'a>,
     /// `[N]` in f32.
     pub(crate) correction: Option<Span<'a>>,
+    pub(crate) activation: Activation,
     pub(crate) num_rows: usize,
 }
 
@@ -258,7 +259,7 @@ impl Moe {
         self.route.run(&self.device, &lists, logits, routing, [operands.num_rows, tile.rows()])
     }
 
-    /// `gated[r] = silu(gate · x) · (up · x)` of the row's token and expert.
+    /// `gated[r] = f(gate · x, up · x)` of the row's token and expert.
     fn gate_up(
         &self,
         operands: &Operands<'_>,
@@ -274,6 +275,7 @@ impl Moe {
             num_rows: operands.num_rows * scratch.top_k,
             tiles: scratch.section(Section::Tiles)?,
             num_tiles: scratch.section(Section::NumTiles)?,
+            activation: operands.activation,
             is_second: false,
         };
         self.tiles.run(&self.device, &product, &experts.gate_up, tile)
@@ -297,6 +299,7 @@ impl Moe {
             num_rows,
             tiles: scratch.section(Section::Tiles)?,
             num_tiles: scratch.section(Section::NumTiles)?,
+            activation: operands.activation,
             is_second,
         };
         self.tiles.run(&self.device, &product, &experts.down, tile)

@@ -82,8 +82,14 @@ impl Bench {
         let firsts: Vec<usize> = (0..RUNS).map(|run| self.first(num_rows, run)).collect();
         let mut once = |run: usize| {
             let logits = Span::from(&self.logits.on_device).rest(firsts[run] * self.routing.num_experts * 4).unwrap();
-            let operands =
-                Operands { out: (&self.out).into(), x: (&self.x).into(), logits, correction: None, num_rows };
+            let operands = Operands {
+                out: (&self.out).into(),
+                x: (&self.x).into(),
+                logits,
+                correction: None,
+                activation: Activation::Silu,
+                num_rows,
+            };
             what(&self.moe, &operands, &self.experts, &mut self.scratch).unwrap();
         };
         once(0);

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use super::super::activation::defined;
 use super::super::linear::CudaLinear;
 use super::super::testing::*;
 use super::*;
@@ -262,7 +263,7 @@ impl Layer {
     }
 
     /// What the pair's gated row should be, and how far it may be off beside rounding.
-    fn gated(&self, x: &[f32], expert: usize) -> Vec<(f64, f64)> {
+    fn gated(&self, x: &[f32], expert: usize, activation: Activation) -> Vec<(f64, f64)> {
         let inner = self.experts.inner;
         let dot = |row: usize| {
             let weights = &self.gate_up[expert][row * x.len()..][..x.len()];
@@ -275,8 +276,13 @@ impl Layer {
         (0..inner)
             .map(|i| {
                 let ((gate, off_gate), (up, off_up)) = (dot(i), dot(inner + i));
-                let silu = gate / (1.0 + (-gate).exp());
-                (silu * up, off_gate * 1.1 * up.abs() + off_up * silu.abs() + 4e-6 * (silu * up).abs())
+                // A product of two factors; no slope of the first is above 1.14.
+                let (one, of_up) = match activation {
+                    Activation::ClampedSwiglu { limit, .. } => (0.0, up.clamp(-f64::from(limit), limit.into()) + 1.0),
+                    _ => (1.0, up),
+                };
+                let (want, of_gate) = (defined(activation, gate, up), defined(activation, gate, one));
+                (want, off_gate * 1.14 * of_up.abs() + off_up * of_gate.abs() + 6e-6 * want.abs())
             })
             .collect()
     }
@@ -333,10 +339,11 @@ fn check_layer(
     num_rows: usize,
     tile: Tile,
     logits: &[f32],
+    activation: Activation,
 ) -> Result<String, String> {
     let (routing, hidden, inner) = (&layer.routing, layer.experts.hidden, layer.experts.inner);
     let what = format!(
-        "{dtype} {num_rows} rows of {} of {} experts {inner}x{hidden} bias {} {tile:?}",
+        "{dtype} {num_rows} rows of {} of {} experts {inner}x{hidden} bias {} {activation:?} {tile:?}",
         routing.top_k,
         routing.num_experts,
         layer.biases.is_some()
@@ -354,6 +361,7 @@ fn check_layer(
         x: (&x.on_device).into(),
         logits: (&on_device.on_device).into(),
         correction: None,
+        activation,
         num_rows,
     };
     moe.run_with(&operands, &layer.experts, routing, &mut scratch, tile).unwrap();
@@ -370,7 +378,11 @@ fn check_layer(
     let mut want_out = vec![(0.0, 0.0); num_rows * hidden];
     for (pair, of) in chosen.iter().enumerate() {
         let (row, token, expert) = (row_of[pair], pair / routing.top_k, of.expert as usize);
-        want_gated[row * inner..][..inner].copy_from_slice(&layer.gated(&x.values[token * hidden..][..hidden], expert));
+        want_gated[row * inner..][..inner].copy_from_slice(&layer.gated(
+            &x.values[token * hidden..][..hidden],
+            expert,
+            activation,
+        ));
         want_results[row * hidden..][..hidden].copy_from_slice(&layer.result(&gated[row * inner..][..inner], expert));
         for i in 0..hidden {
             let part = f64::from(of.weight) * f64::from(results[row * hidden + i]);
@@ -402,12 +414,19 @@ fn all_tiles(device: &Device) -> Vec<Tile> {
 fn check_products(pick: impl Fn(&Tile) -> bool) {
     let Some(device) = device() else { return };
     let mut failures = Failures::default();
+    let mut activation = Activation::Silu;
     let mut check = |dtype: DType, sizes: [usize; 2], [n, k]: [usize; 2], has_bias: bool, rows: &[usize]| {
         let layer = Layer::new(&device, dtype, sizes, plain(n, k), has_bias);
+        // Each in its turn; the clamped one with a limit that many values are beyond.
+        activation = match activation {
+            Activation::Silu => Activation::ClampedSwiglu { alpha: 1.702, limit: 0.5 },
+            Activation::ClampedSwiglu { .. } => Activation::GeluTanh,
+            _ => Activation::Silu,
+        };
         for &num_rows in rows {
             let logits = logits(num_rows, n, num_rows as u64);
             for tile in all_tiles(&device).into_iter().filter(&pick) {
-                failures.note(check_layer(&device, dtype, &layer, num_rows, tile, &logits));
+                failures.note(check_layer(&device, dtype, &layer, num_rows, tile, &logits, activation));
             }
         }
     };
@@ -421,6 +440,8 @@ fn check_products(pick: impl Fn(&Tile) -> bool) {
     check(DType::BF16, [200, 776], [128, 8], false, &[1, 16]);
     check(DType::F16, [256, 192], [16, 4], false, &few);
     check(DType::F16, [72, 200], [8, 3], true, &[7, 130]);
+    check(DType::BF16, [72, 200], [8, 4], true, &[1, 16, 257]);
+    check(DType::BF16, [128, 192], [8, 2], true, &few);
     failures.finish();
 }
 
@@ -449,7 +470,7 @@ fn one_expert_may_have_all_rows() {
     for num_rows in [1, 15, 16, 17, 32, 33, 64, 65, 128, 129, 300, 2000] {
         let logits: Vec<f32> = (0..num_rows * 16).map(|i| if i % 16 == 9 { 3.0 } else { 0.0 }).collect();
         for tile in all_tiles(&device) {
-            failures.note(check_layer(&device, DType::BF16, &layer, num_rows, tile, &logits));
+            failures.note(check_layer(&device, DType::BF16, &layer, num_rows, tile, &logits, Activation::Silu));
         }
     }
     failures.finish();
@@ -472,6 +493,7 @@ fn a_row_alone_has_the_bits_that_it_has_among_others() {
             x: (&x.on_device).into(),
             logits: (&logits.on_device).into(),
             correction: None,
+            activation: Activation::Silu,
             num_rows: count,
         };
         match tile {
@@ -504,6 +526,7 @@ fn a_row_alone_has_the_bits_that_it_has_among_others() {
         x: (&x.on_device).into(),
         logits: (&logits.on_device).into(),
         correction: None,
+        activation: Activation::Silu,
         num_rows: 60,
     };
     time(&device, || fast.run(&operands, &layer.experts, &routing, &mut scratch));
@@ -528,8 +551,14 @@ fn weights_may_come_before_the_rows() {
         let mut layers = || {
             for ((&num_rows, logits), out) in counts.iter().zip(&all).zip(&outs) {
                 let logits = (&logits.on_device).into();
-                let operands =
-                    Operands { out: out.into(), x: (&x.on_device).into(), logits, correction: None, num_rows };
+                let operands = Operands {
+                    out: out.into(),
+                    x: (&x.on_device).into(),
+                    logits,
+                    correction: None,
+                    activation: Activation::Silu,
+                    num_rows,
+                };
                 moe.run(&operands, &layer.experts, &routing, &mut scratch)?;
             }
             Ok(())
@@ -605,8 +634,14 @@ fn what_does_not_fit_is_refused() {
     let mut scratch = CudaExpertScratch::new(&device, dtype, 4, [8, 8], &layer.routing).unwrap();
     let (x, logits) = (poisoned(&device, 5 * 16), poisoned(&device, 5 * 16));
     let mut run = |num_rows: usize, routing: &Routing| {
-        let operands =
-            Operands { out: (&x).into(), x: (&x).into(), logits: (&logits).into(), correction: None, num_rows };
+        let operands = Operands {
+            out: (&x).into(),
+            x: (&x).into(),
+            logits: (&logits).into(),
+            correction: None,
+            activation: Activation::Silu,
+            num_rows,
+        };
         moe.run(&operands, &layer.experts, routing, &mut scratch)
     };
     assert_eq!(run(0, &layer.routing), Ok(()));

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::super::activation::{Clamp, OPTIONS, number};
 use super::super::operand::{Span, count_u32, typed_kernel};
 use super::packed::{Packed, expert_bytes, option};
 use crate::cuda::device::{Arch, Device};
 use crate::cuda::kernel::{Args, Kernel, Launch};
 use crate::cuda::units::Unit;
-use crate::{DType, KernelError};
+use crate::{Activation, DType, KernelError};
 
 pub(crate) static SM80: Unit =
     Unit { name: "moe_tiles_sm80.cu", source: include_str!("../../../../cuda/moe_tiles_sm80.cu") };
@@ -91,8 +92,8 @@ impl Tile {
         }
     }
 
-    /// The compiler's options, without that of the element type.
-    pub(crate) fn options(self, gated: bool) -> Vec<String> {
+    /// The compiler's options, without that of the element type. `gated`: of gates and ups, with one of [`OPTIONS`].
+    pub(crate) fn options(self, gated: Option<usize>) -> Vec<String> {
         let [tile_n, second, stages] = match self {
             Self::Sm80 { tile_n, warps_n, stages } => [tile_n, warps_n, stages],
             Self::Sm90 { tile_n, groups, stages } => [tile_n, groups, stages],
@@ -100,7 +101,8 @@ impl Tile {
         let name = if matches!(self, Self::Sm80 { .. }) { "WARPS_N" } else { "GROUPS" };
         let macros = [("TILE_N", tile_n), (name, second), ("STAGES", stages)];
         let options = macros.iter().map(|(name, value)| format!("-D{name}={value}"));
-        options.chain([option(gated).to_owned()]).collect()
+        let function = gated.map(|number| OPTIONS[number].to_owned());
+        options.chain([option(gated.is_some()).to_owned()]).chain(function).collect()
     }
 
     fn unit(self) -> (&'static Unit, &'static str) {
@@ -155,6 +157,8 @@ pub(super) struct Product<'a> {
     pub(super) num_rows: usize,
     pub(super) tiles: Span<'a>,
     pub(super) num_tiles: Span<'a>,
+    /// On gates and ups.
+    pub(super) activation: Activation,
     /// Whether the launch before this one is another product of the same lists: then weights need not wait for its end.
     pub(super) is_second: bool,
 }
@@ -163,7 +167,7 @@ pub(super) struct Product<'a> {
 #[derive(Debug)]
 pub(super) struct Tiles {
     dtype: DType,
-    kernels: Mutex<HashMap<(Tile, bool), Kernel>>,
+    kernels: Mutex<HashMap<(Tile, Option<usize>), Kernel>>,
 }
 
 impl Tiles {
@@ -206,19 +210,20 @@ impl Tiles {
             .ptr(product.tiles.holding(OP, "tiles", most, 16)?)
             .ptr(product.num_tiles.holding(OP, "numbers of tiles", 1, 4)?)
             .u32(count_u32(OP, "columns", num_cols)?)
-            .u32(count_u32(OP, "columns of x", num_k)?);
+            .u32(count_u32(OP, "columns of x", num_k)?)
+            .value(&Clamp::from(product.activation));
         if matches!(tile, Tile::Sm90 { .. }) {
             args = args.u32(u32::from(product.is_second));
         }
         let wave = device.num_sms as usize * tile.blocks_per_sm();
         let grid = count_u32(OP, "blocks", wave.min(most * blocks))?;
         let (block, shared) = (tile.threads() as u32, tile.shared_bytes() as u32);
-        let kernel = self.kernel(device, tile, gated)?;
+        let kernel = self.kernel(device, tile, gated.then(|| number(product.activation)))?;
         // SAFETY: these are the kernel's parameters; sizes were checked above, and the lists name rows and tokens below these sizes.
         unsafe { kernel.launch(device, Launch { grid: [grid, 1, 1], block, shared }, &mut args) }
     }
 
-    fn kernel(&self, device: &Arc<Device>, tile: Tile, gated: bool) -> Result<Kernel, KernelError> {
+    fn kernel(&self, device: &Arc<Device>, tile: Tile, gated: Option<usize>) -> Result<Kernel, KernelError> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         match kernels.entry((tile, gated)) {
             Entry::Occupied(kernel) => Ok(kernel.get().clone()),
