@@ -3,7 +3,7 @@
 //! Codes of 4 bits stand in 16 bytes: the low halves are the codes of the first 16 weights, the high halves those of the others.
 //! The fifth bit of weight `i` is bit `i` of a word of 32.
 
-use super::{UNEVEN_STEPS, half};
+use super::{TWICE_FP4, UNEVEN_STEPS, half};
 
 /// Weights of a block.
 pub(super) const LEN: usize = 32;
@@ -78,6 +78,14 @@ pub(super) fn iq4_nl(block: &[u8], out: &mut [f32]) {
     }
 }
 
+/// `[exponent: 1, with a bias of 127][codes: 16]`, `2^(exponent − 1) · twice[code]`.
+pub(super) fn mxfp4(block: &[u8], out: &mut [f32]) {
+    let scale = mxfp4_scale(block);
+    for (out, code) in out.iter_mut().zip(mxfp4_codes(block)) {
+        *out = scale * f32::from(code);
+    }
+}
+
 /// The codes of [`q4_0`], less 8.
 pub(super) fn q4_0_codes(block: &[u8]) -> [i8; LEN] {
     nibbles(&block[2..]).map(|code| code.cast_signed() - 8)
@@ -100,4 +108,18 @@ pub(super) fn q8_0_codes(block: &[u8]) -> [i8; LEN] {
 /// The steps of [`iq4_nl`].
 pub(super) fn iq4_nl_codes(block: &[u8]) -> [i8; LEN] {
     nibbles(&block[2..]).map(|code| UNEVEN_STEPS[usize::from(code)])
+}
+
+/// Twice the numbers of [`mxfp4`].
+pub(super) fn mxfp4_codes(block: &[u8]) -> [i8; LEN] {
+    nibbles(&block[1..]).map(|code| TWICE_FP4[usize::from(code)])
+}
+
+/// Half the power of two of [`mxfp4`]. The largest exponent is no exception, unlike in the format's own definition: so it is read
+/// from GGUF files.
+pub(super) fn mxfp4_scale(block: &[u8]) -> f32 {
+    match u32::from(block[0]) {
+        exponent @ 0..=1 => f32::from_bits(1 << (21 + exponent)), // 2^-128 and 2^-127, below the normal numbers
+        exponent => f32::from_bits((exponent - 1) << 23),
+    }
 }

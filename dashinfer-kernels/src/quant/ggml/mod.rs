@@ -40,11 +40,13 @@ pub enum BlockFormat {
     Iq4Nl,
     /// 4 bits that name one of 16 uneven steps; 256 weights, of which each 32 have a scale of 6 bits.
     Iq4Xs,
+    /// 4-bit floating-point numbers; a power of two for 32 weights.
+    Mxfp4,
 }
 
 impl BlockFormat {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Q4_0,
         Self::Q4_1,
         Self::Q5_0,
@@ -57,6 +59,7 @@ impl BlockFormat {
         Self::Q6K,
         Self::Iq4Nl,
         Self::Iq4Xs,
+        Self::Mxfp4,
     ];
 
     /// The format of the type number that a GGUF file gives a tensor.
@@ -81,6 +84,7 @@ impl BlockFormat {
             Self::Q6K => 14,
             Self::Iq4Nl => 20,
             Self::Iq4Xs => 23,
+            Self::Mxfp4 => 39,
         }
     }
 
@@ -100,6 +104,7 @@ impl BlockFormat {
             Self::Q6K => "Q6_K",
             Self::Iq4Nl => "IQ4_NL",
             Self::Iq4Xs => "IQ4_XS",
+            Self::Mxfp4 => "MXFP4",
         }
     }
 
@@ -107,7 +112,7 @@ impl BlockFormat {
     #[must_use]
     pub const fn block_len(self) -> usize {
         match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl => blocks::LEN,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl | Self::Mxfp4 => blocks::LEN,
             Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::Iq4Xs => superblocks::LEN,
         }
     }
@@ -127,6 +132,7 @@ impl BlockFormat {
             Self::Q5K => 4 + 12 + 32 + 128,
             Self::Q6K => 128 + 64 + 16 + 2,
             Self::Iq4Xs => 2 + 2 + 4 + 128,
+            Self::Mxfp4 => 1 + 16,
         }
     }
 
@@ -156,6 +162,7 @@ impl BlockFormat {
             Self::Q5K => superblocks::q5_k,
             Self::Q6K => superblocks::q6_k,
             Self::Iq4Xs => superblocks::iq4_xs,
+            Self::Mxfp4 => blocks::mxfp4,
         };
         for (block, out) in bytes.chunks_exact(self.block_bytes()).zip(out.chunks_exact_mut(self.block_len())) {
             value(block, out);
@@ -176,6 +183,9 @@ fn half(block: &[u8], at: usize) -> f16 {
 
 /// The sixteen steps of the `IQ4` formats: those that suit normally distributed weights.
 const UNEVEN_STEPS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Twice the numbers that the codes of `MXFP4` stand for: a sign, two bits of exponent, one of mantissa.
+const TWICE_FP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 #[cfg(test)]
 mod tests {
