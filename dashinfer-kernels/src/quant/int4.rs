@@ -8,7 +8,7 @@
 //!
 //! A mask gives the bytes of the even quad, a shift and a mask those of the odd one.
 
-use super::{GroupParams, PANEL, nearest, stored_scale};
+use super::{GroupParams, PANEL, nearest, nearest_whole, stored_scale};
 
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 8;
@@ -44,10 +44,10 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
     let (low, high) = range(values);
     let largest = if high > -low { high } else { low };
+    let scales = STEPS.map(|steps| stored_scale(largest / steps));
+    let errors = squared_errors(values, scales, [-8.0; 5], [7.0; 5]);
     let mut best = (f32::INFINITY, stored_scale(0.0));
-    for steps in STEPS {
-        let scale = stored_scale(largest / steps);
-        let error = squared_error(values, scale.to_f32(), inverse(scale), -8.0, 7.0);
+    for (error, scale) in errors.into_iter().zip(scales) {
         if error < best.0 {
             best = (error, scale);
         }
@@ -66,11 +66,14 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
 pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParams {
     const SHRINK: [(f32, f32); 4] = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9)];
     let (low, high) = range(values);
+    let scales = SHRINK.map(|(below, above)| stored_scale((high * above - low * below) / 15.0));
+    let mut zeros = [0.0; 4];
+    for ((zero, scale), (below, _)) in zeros.iter_mut().zip(scales).zip(SHRINK) {
+        *zero = nearest((-low * below * inverse(scale)).clamp(0.0, 15.0)) as f32;
+    }
+    let errors = squared_errors(values, scales, zeros.map(|zero| -zero), zeros.map(|zero| 15.0 - zero));
     let mut best = (f32::INFINITY, stored_scale(0.0), 0.0);
-    for (below, above) in SHRINK {
-        let scale = stored_scale((high * above - low * below) / 15.0);
-        let zero = nearest((-low * below * inverse(scale)).clamp(0.0, 15.0)) as f32;
-        let error = squared_error(values, scale.to_f32(), inverse(scale), -zero, 15.0 - zero);
+    for ((error, scale), zero) in errors.into_iter().zip(scales).zip(zeros) {
         if error < best.0 {
             best = (error, scale, zero);
         }
@@ -101,27 +104,44 @@ fn range(values: &[f32]) -> (f32, f32) {
         low[i] = low[i].min(*value);
         high[i] = high[i].max(*value);
     }
-    (low.into_iter().fold(0.0, f32::min), high.into_iter().fold(0.0, f32::max))
-}
-
-/// What rounding to whole steps from `first` to `last` leaves, squared and summed.
-#[inline(always)]
-fn squared_error(values: &[f32], step: f32, inverse: f32, first: f32, last: f32) -> f32 {
-    let off = |value: f32| {
-        let off = value - step * nearest((value * inverse).clamp(first, last)) as f32;
-        off * off
-    };
-    let mut sums = [0.0f32; LANES];
-    let (whole, rest) = values.as_chunks::<LANES>();
-    for values in whole {
-        for i in 0..LANES {
-            sums[i] += off(values[i]);
+    // In halves, each of which is one operation on vectors.
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            low[i] = low[i].min(low[i + half]);
+            high[i] = high[i].max(high[i + half]);
         }
     }
-    for (i, value) in rest.iter().enumerate() {
-        sums[i] += off(*value);
+    (low[0].min(0.0), high[0].max(0.0))
+}
+
+/// What rounding to whole steps of each scale leaves, from its `first` to its `last`: squared and summed. The sums are in the order of lanes, and
+/// one beside the other, as each addition waits for the one before.
+#[inline(always)]
+fn squared_errors<const N: usize>(values: &[f32], scales: [half::f16; N], first: [f32; N], last: [f32; N]) -> [f32; N] {
+    let mut sums = [[0.0f32; LANES]; N];
+    for (n, sums) in sums.iter_mut().enumerate() {
+        let (step, inverse, first, last) = (scales[n].to_f32(), inverse(scales[n]), first[n], last[n]);
+        let off = |value: f32| {
+            let off = value - step * nearest_whole((value * inverse).clamp(first, last));
+            off * off
+        };
+        let (whole, rest) = values.as_chunks::<LANES>();
+        for values in whole {
+            for i in 0..LANES {
+                sums[i] += off(values[i]);
+            }
+        }
+        for (sum, value) in sums.iter_mut().zip(rest) {
+            *sum += off(*value);
+        }
     }
-    sums.into_iter().sum()
+    let mut totals = [0.0f32; N];
+    for i in 0..LANES {
+        for n in 0..N {
+            totals[n] += sums[n][i];
+        }
+    }
+    totals
 }
 
 #[inline(always)]

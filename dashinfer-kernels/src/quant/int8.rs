@@ -39,7 +39,13 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
             lanes[i] = lanes[i].max(values[i].abs());
         }
     }
-    let largest = rest.iter().chain(&lanes).fold(0.0, |largest: f32, value| largest.max(value.abs()));
+    // In halves, each of which is one operation on vectors.
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = lanes[i].max(lanes[i + half]);
+        }
+    }
+    let largest = rest.iter().fold(lanes[0], |largest, value| largest.max(value.abs()));
     let scale = stored_scale(largest / 127.0);
     let inverse = if largest == 0.0 { 0.0 } else { 1.0 / scale.to_f32() };
     for (code, value) in codes.iter_mut().zip(values) {

@@ -143,6 +143,8 @@ impl Unpack for Words<'_> {
             for (words, out) in words.zip(out.chunks_mut(len)) {
                 let out = &mut out[at..at + count];
                 match self.bits {
+                    // All of a word, as nearly always: a store of a known size.
+                    CodeBits::Four if count == 8 => out.copy_from_slice(&nibbles(words)),
                     CodeBits::Four => out.copy_from_slice(&nibbles(words)[first..first + count]),
                     CodeBits::Eight => out.copy_from_slice(&words.to_le_bytes()[first..first + count]),
                 }

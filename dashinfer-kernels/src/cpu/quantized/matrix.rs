@@ -378,9 +378,9 @@ fn best_quantizer() -> Quantizer {
 /// [`quantize_panel`], compiled for AVX2: the same operations on more values at a time.
 ///
 /// # Safety
-/// The machine has AVX2.
+/// The machine has AVX2 and F16C.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 unsafe fn quantize_avx2(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
     quantize_panel(panel, codes, scales, zeros)
 }

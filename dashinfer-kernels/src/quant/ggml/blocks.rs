@@ -3,7 +3,7 @@
 //! Codes of 4 bits stand in 16 bytes: the low halves are the codes of the first 16 weights, the high halves those of the others.
 //! The fifth bit of weight `i` is bit `i` of a word of 32.
 
-use super::{TWICE_FP4, UNEVEN_STEPS, half};
+use super::{UNEVEN_STEPS, half};
 
 /// Weights of a block.
 pub(super) const LEN: usize = 32;
@@ -112,7 +112,12 @@ pub(super) fn iq4_nl_codes(block: &[u8]) -> [i8; LEN] {
 
 /// Twice the numbers of [`mxfp4`].
 pub(super) fn mxfp4_codes(block: &[u8]) -> [i8; LEN] {
-    nibbles(&block[1..]).map(|code| TWICE_FP4[usize::from(code)])
+    // In place of a table, as vectors have none: 0 to 4 are themselves, and 5, 6 and 7 are 6, 8 and 12.
+    nibbles(&block[1..]).map(|code| {
+        let size = code & 7;
+        let twice = size + size.saturating_sub(4) + 2 * u8::from(size == 7);
+        if code > 7 { twice.cast_signed().wrapping_neg() } else { twice.cast_signed() }
+    })
 }
 
 /// Half the power of two of [`mxfp4`]. The largest exponent is no exception, unlike in the format's own definition: so it is read

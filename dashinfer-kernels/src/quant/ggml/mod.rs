@@ -184,9 +184,6 @@ fn half(block: &[u8], at: usize) -> f16 {
 /// The sixteen steps of the `IQ4` formats: those that suit normally distributed weights.
 const UNEVEN_STEPS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// Twice the numbers that the codes of `MXFP4` stand for: a sign, two bits of exponent, one of mantissa.
-const TWICE_FP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -213,6 +210,19 @@ mod tests {
         BlockFormat::Q4_0.dequantize(&block, &mut out);
         let wanted: Vec<f32> = (0..16).chain((0..16).rev()).map(|code| code as f32 - 8.0).collect();
         assert_eq!(out[..], wanted);
+    }
+
+    #[test]
+    fn codes_of_four_bits_are_numbers_with_a_sign_and_an_exponent() {
+        let mut block = vec![128]; // twice 1
+        block.extend((0..16).map(|i| i | (15 - i) << 4));
+        let mut out = [0.0; 32];
+        BlockFormat::Mxfp4.dequantize(&block, &mut out);
+        let half = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        for (code, found) in (0..16).zip(out).chain((0..16).rev().zip(out[16..].iter().copied())) {
+            let size = 2.0 * half[code & 7];
+            assert_eq!(found, if code > 7 { -size } else { size }, "{code}");
+        }
     }
 
     proptest! {
