@@ -31,6 +31,7 @@ fn five_bits(high: &[u8], bytes: &[u8]) -> [u8; LEN] {
 }
 
 /// `[scale: f16][codes: 16]`, `scale · (code − 8)`.
+#[inline(always)]
 pub(super) fn q4_0(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 0).to_f32();
     for (out, code) in out.iter_mut().zip(q4_0_codes(block)) {
@@ -39,6 +40,7 @@ pub(super) fn q4_0(block: &[u8], out: &mut [f32]) {
 }
 
 /// `[scale: f16][smallest: f16][codes: 16]`, `scale · code + smallest`.
+#[inline(always)]
 pub(super) fn q4_1(block: &[u8], out: &mut [f32]) {
     let (scale, smallest) = (half(block, 0).to_f32(), half(block, 2).to_f32());
     for (out, code) in out.iter_mut().zip(nibbles(&block[4..])) {
@@ -47,6 +49,7 @@ pub(super) fn q4_1(block: &[u8], out: &mut [f32]) {
 }
 
 /// `[scale: f16][fifth bits: 4][codes: 16]`, `scale · (code − 16)`.
+#[inline(always)]
 pub(super) fn q5_0(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 0).to_f32();
     for (out, code) in out.iter_mut().zip(q5_0_codes(block)) {
@@ -55,6 +58,7 @@ pub(super) fn q5_0(block: &[u8], out: &mut [f32]) {
 }
 
 /// `[scale: f16][smallest: f16][fifth bits: 4][codes: 16]`, `scale · code + smallest`.
+#[inline(always)]
 pub(super) fn q5_1(block: &[u8], out: &mut [f32]) {
     let (scale, smallest) = (half(block, 0).to_f32(), half(block, 2).to_f32());
     for (out, code) in out.iter_mut().zip(five_bits(&block[4..8], &block[8..])) {
@@ -63,6 +67,7 @@ pub(super) fn q5_1(block: &[u8], out: &mut [f32]) {
 }
 
 /// `[scale: f16][codes: 32, signed]`, `scale · code`.
+#[inline(always)]
 pub(super) fn q8_0(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 0).to_f32();
     for (out, code) in out.iter_mut().zip(&block[2..]) {
@@ -71,6 +76,7 @@ pub(super) fn q8_0(block: &[u8], out: &mut [f32]) {
 }
 
 /// `[scale: f16][codes: 16]`, `scale · steps[code]`.
+#[inline(always)]
 pub(super) fn iq4_nl(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 0).to_f32();
     for (out, code) in out.iter_mut().zip(iq4_nl_codes(block)) {
@@ -79,6 +85,7 @@ pub(super) fn iq4_nl(block: &[u8], out: &mut [f32]) {
 }
 
 /// `[exponent: 1, with a bias of 127][codes: 16]`, `2^(exponent − 1) · twice[code]`.
+#[inline(always)]
 pub(super) fn mxfp4(block: &[u8], out: &mut [f32]) {
     let scale = mxfp4_scale(block);
     for (out, code) in out.iter_mut().zip(mxfp4_codes(block)) {

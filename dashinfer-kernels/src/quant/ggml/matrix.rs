@@ -93,10 +93,14 @@ impl StoredMatrix for BlockMatrix<'_> {
             let mut col = cols.start;
             while !out.is_empty() {
                 let (block, place) = self.block(row, col);
-                self.format.dequantize(block, values);
                 let some = out.len().min(len - place);
                 let (now, later) = std::mem::take(&mut out).split_at_mut(some);
-                now.copy_from_slice(&values[place..place + some]);
+                if some == len {
+                    self.format.dequantize(block, now);
+                } else {
+                    self.format.dequantize(block, values);
+                    now.copy_from_slice(&values[place..place + some]);
+                }
                 (out, col) = (later, col + some);
             }
         }
