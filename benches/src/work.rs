@@ -126,13 +126,25 @@ impl Work {
     /// Bytes of weights and cache that a step reads which decodes `batch` sequences of `context` tokens.
     #[must_use]
     pub fn decode_bytes(&self, batch: usize, context: f64) -> f64 {
-        self.step_bytes(batch) + batch as f64 * self.seen(context) * self.kv_bytes_per_token
+        self.step_bytes(batch) + self.cache_bytes(batch, context)
     }
 
     /// Bytes of weights that a step of `rows` rows reads. Of experts, those that are some row's, on average.
     #[must_use]
     pub fn step_bytes(&self, rows: usize) -> f64 {
         self.weight_bytes + self.experts.read_by(rows)
+    }
+
+    /// Bytes of weights that every step reads: all but experts.
+    #[must_use]
+    pub fn dense_bytes(&self) -> f64 {
+        self.weight_bytes
+    }
+
+    /// Bytes of the cache that a step reads which decodes `batch` sequences of `context` tokens.
+    #[must_use]
+    pub fn cache_bytes(&self, batch: usize, context: f64) -> f64 {
+        batch as f64 * self.seen(context) * self.kv_bytes_per_token
     }
 
     fn seen(&self, context: f64) -> f64 {

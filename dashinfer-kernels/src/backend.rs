@@ -379,6 +379,17 @@ pub struct QkNorm<'a, V> {
     pub eps: f32,
 }
 
+/// Bytes of weights that products have read, each product of a matrix with any number of rows counted once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WeightReads {
+    /// Of all matrices but those of experts.
+    pub matrices: u64,
+    /// Of the panels of experts' matrices that the threads have gone through.
+    pub experts: u64,
+    /// Of the matrices of the experts that some row of a step chose, each once: what must be read of experts.
+    pub chosen_experts: u64,
+}
+
 /// A device's operators. All work of an instance happens in the order of the calls.
 ///
 /// Outputs are resized to the rows they get. Operators check shapes and return [`KernelError::Shape`]; they never panic on
@@ -404,6 +415,11 @@ pub trait Backend: Send + 'static {
     /// its call returns.
     fn depth(&self) -> usize {
         0
+    }
+
+    /// What of weights was read since the backend was made; `None` where nobody counts.
+    fn weight_reads(&self) -> Option<WeightReads> {
+        None
     }
 
     /// How long the device has had nothing to do, if it is done with all that it was given.

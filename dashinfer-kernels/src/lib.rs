@@ -23,6 +23,7 @@ mod shared;
 pub use backend::{
     Activation, AttentionParams, Backend, CacheLayout, CarriedId, Feature, Issue, KvCacheSpec, LatentHeads,
     LatentParams, MatrixView, PackedShape, PagedBatch, QkNorm, Rope, RopePairs, SequenceRows, StepRows, TensorUse,
+    WeightReads,
 };
 pub use cache_type::CacheType;
 pub use dtype::{DType, element, to_f32};

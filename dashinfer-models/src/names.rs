@@ -106,6 +106,14 @@ pub enum ExpertMatrices {
         /// The output projection.
         down: &'static str,
     },
+    /// Each in a module of its own, that of expert `i` behind the name of a layer's: `{down}.{i}` (GGUF files, whose stacked tensors are
+    /// listed as so many).
+    Numbered {
+        /// The projections to gate and up.
+        gate_up: [&'static str; 2],
+        /// The output projection.
+        down: &'static str,
+    },
     /// Transposed, and stacked in one tensor for all of a layer's experts, with the biases beside it in `{name}_bias` (gpt-oss).
     Stacked {
         /// `[N, E, 2 F]`: columns of gate and up by turns. The whole name.

@@ -451,6 +451,11 @@ impl LayerNames<'_> {
                 let [gate, up] = gate_up.map(name);
                 self.gated(&[&gate, &up], &name(down), experts.size, experts.bias)
             }
+            ExpertMatrices::Numbered { gate_up, down } => {
+                let name = |module| format!("{module}.{index}");
+                let [gate, up] = gate_up.map(name);
+                self.gated(&[&gate, &up], &name(down), experts.size, experts.bias)
+            }
             ExpertMatrices::Stacked { gate_up, down } => GatedWeights {
                 gate_up: self.stacked(gate_up, [num_experts, index], [hidden, 2 * experts.size], 2, experts.bias),
                 down: self.stacked(down, [num_experts, index], [experts.size, hidden], 1, experts.bias),

@@ -14,8 +14,8 @@ use benches::limits::{Limits, rate};
 use benches::rss;
 use benches::work::{ElementBytes, Work};
 use dashinfer::{
-    ComputeType, Device, Engine, FinishReason, KvCacheType, Quantization, Request, Scheme, Source, TokenStream,
-    WeightType,
+    ComputeType, Device, Engine, EngineStats, FinishReason, KvCacheType, Quantization, Request, Scheme, Source,
+    TokenStream, WeightType,
 };
 use dashinfer_kernels::DType;
 use dashinfer_kernels::cpu::Isa;
@@ -55,6 +55,8 @@ Times the engine with prompts of random token ids, greedy, with end tokens ignor
 Without --prefill and --decode: --prefill 1x256 --decode 1,8.
 The limit is reading the weights (and, for a decode, the cache) once per step at the memory's bandwidth, or the operations at
 the peak of f32 multiply-adds, whichever takes longer. Both are measured first, with as many threads.
+On the CPU, bytes/token of a decode are those of matrices and panels of experts as they are counted where they are multiplied with, and those of
+the cache; the minimum has the weights that every token needs, the experts that the rows of a step chose, each once, and the cache.
 ";
 
 /// Prompts of a prefill: `BxL`.
@@ -227,6 +229,17 @@ struct Measured {
     time: Duration,
     bytes: f64,
     flops: f64,
+    /// What was counted, where it was.
+    reads: Option<Reads>,
+}
+
+/// Bytes of weights and cache that some steps have read, and the least that they had to.
+#[derive(Debug, Clone, Copy)]
+struct Reads {
+    /// Of weights, as counted where they are multiplied with; of the cache, by the lengths of sequences.
+    bytes: f64,
+    /// All weights but those of experts and those of the experts that rows chose, once in a step; the cache.
+    least: f64,
 }
 
 impl Bench {
@@ -356,7 +369,7 @@ impl Bench {
         let flops = self.work.prefill_flops(batch, length);
         // As if all rows were one step's.
         let bytes = self.work.step_bytes(batch * length);
-        Ok(Measured { what: "prefill", batch, length, tokens: batch * length, time, bytes, flops })
+        Ok(Measured { what: "prefill", batch, length, tokens: batch * length, time, bytes, flops, reads: None })
     }
 
     fn decode(&self, batch: usize) -> Result<Measured, Box<dyn Error>> {
@@ -364,7 +377,11 @@ impl Bench {
         let prompts = self.prompts(batch, length);
         let (most, least) = self.options.decode_tokens();
         let repeat = self.repeat(2);
-        let (long, short) = (self.best_of(repeat, &prompts, most)?, self.best_of(repeat, &prompts, least)?);
+        let before = self.engine.stats();
+        let long = self.best_of(repeat, &prompts, most)?;
+        let between = self.engine.stats();
+        let short = self.best_of(repeat, &prompts, least)?;
+        let after = self.engine.stats();
         let Some(time) = long.checked_sub(short).filter(|time| !time.is_zero()) else {
             return Err(format!("{most} tokens took no longer than {least}: the machine is too busy").into());
         };
@@ -373,7 +390,18 @@ impl Bench {
         let steps = (most - least) as f64;
         let bytes = steps * self.work.decode_bytes(batch, context);
         let flops = steps * self.work.decode_flops(batch, context);
-        Ok(Measured { what: "decode", batch, length, tokens: batch * (most - least), time, bytes, flops })
+        // The runs differ in the decodes that count.
+        let decodes = |count: fn(&EngineStats) -> u64| {
+            let (long, short) = (count(&between) - count(&before), count(&after) - count(&between));
+            (long as f64 - short as f64) / repeat as f64
+        };
+        let matrices = decodes(|stats| stats.matrix_bytes_read);
+        let cache = steps * self.work.cache_bytes(batch, context);
+        let reads = (self.options.device == Device::Cpu).then(|| Reads {
+            bytes: matrices + decodes(|stats| stats.expert_bytes_read) + cache,
+            least: steps * self.work.dense_bytes() + decodes(|stats| stats.expert_bytes_chosen) + cache,
+        });
+        Ok(Measured { what: "decode", batch, length, tokens: batch * (most - least), time, bytes, flops, reads })
     }
 
     fn repeat(&self, usual: usize) -> usize {
@@ -415,7 +443,7 @@ impl Bench {
     }
 
     fn report(&self, measured: &Measured) {
-        let &Measured { what, batch, length, tokens, time, bytes, flops } = measured;
+        let &Measured { what, batch, length, tokens, time, bytes, flops, reads } = measured;
         let seconds = time.as_secs_f64();
         let limit = self.limits.of(bytes, flops);
         let fraction = limit.seconds() / seconds;
@@ -433,6 +461,8 @@ impl Bench {
                 "seconds": seconds,
                 "bytes_per_second": bytes / seconds,
                 "bytes_per_token": bytes / tokens as f64,
+                "bytes_read_per_token": reads.map(|reads| reads.bytes / tokens as f64),
+                "least_bytes_per_token": reads.map(|reads| reads.least / tokens as f64),
                 "flops_per_second": flops / seconds,
                 "limit": limit.name(),
                 "isa": self.options.isa.name(),
@@ -453,6 +483,10 @@ impl Bench {
         let rate = rate(limit, bytes, flops, seconds);
         let (percent, limit) = (100.0 * fraction, limit.name());
         println!("{name:<24} {tokens_per_second:>10.1} tokens/s {rate:>16} {percent:>4.0} % of {limit}");
+        if let Some(Reads { bytes, least }) = reads {
+            let [read, minimum] = [bytes, least].map(|bytes| bytes / tokens as f64 / 1e6);
+            println!("{:<24} bytes/token: {read:.1} MB (minimum {minimum:.1} MB, {:.3} x)", "", bytes / least);
+        }
     }
 
     /// What the host did beside the device, and whether the device waited for it.

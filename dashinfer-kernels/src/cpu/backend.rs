@@ -20,7 +20,7 @@ use crate::sample::{SampleScratch, sample_row};
 use crate::{
     Activation, AttentionParams, Backend, DType, Feature, InputSums, Issue, KernelError, KvCacheSpec, LatentHeads,
     LatentParams, MatrixView, PackedShape, PagedBatch, QkNorm, Rope, Routing, SampleRow, Sampled, Scheme, SharedBytes,
-    StepRows, StoredMatrix, TensorUse,
+    StepRows, StoredMatrix, TensorUse, WeightReads,
 };
 
 /// Elementwise work of fewer values than this stays on one thread: a parallel loop costs a few microseconds.
@@ -192,6 +192,7 @@ pub struct CpuBackend {
     sample_scratch: Vec<SampleScratch>,
     /// Not collected yet.
     sampled: VecDeque<Vec<Sampled>>,
+    reads: WeightReads,
 }
 
 impl CpuBackend {
@@ -237,6 +238,7 @@ impl CpuBackend {
             latent_scratch: LatentScratch::default(),
             sample_scratch: Vec::new(),
             sampled: VecDeque::new(),
+            reads: WeightReads::default(),
         })
     }
 
@@ -536,9 +538,14 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn weight_reads(&self) -> Option<WeightReads> {
+        Some(self.reads)
+    }
+
     fn linear(&mut self, out: &mut CpuTensor, x: &CpuTensor, weight: &CpuLinear) -> Result<(), KernelError> {
         check("linear", "columns of x", weight.cols(), x.cols)?;
         out.resize("linear", x.rows, weight.rows())?;
+        self.reads.matrices += weight.bytes() as u64;
         match weight {
             CpuLinear::Dense(weight) => match self.bf16_product {
                 Some(product) if weight.dtype() == DType::BF16 => {
@@ -568,6 +575,7 @@ impl Backend for CpuBackend {
         }
         check(OP, "columns of x", weight.cols(), x.cols)?;
         out.resize(OP, x.rows, weight.rows() / 2)?;
+        self.reads.matrices += weight.bytes() as u64;
         let (activation, pool, x, out) = (Gate::new(activation, self.gates), &self.pool, x.values(), out.values_mut());
         match weight {
             CpuLinear::Dense(weight) => match self.bf16_product {
@@ -717,6 +725,7 @@ impl Backend for CpuBackend {
         check(OP, "output features to values", params.num_heads * params.v_dim, values.rows())?;
         check(OP, "input features to values", params.rank, values.cols())?;
         out.resize(OP, q.rows, params.num_heads * params.v_dim)?;
+        self.reads.matrices += (queries.bytes() + values.bytes()) as u64;
         let heads = LatentHeads { queries, values };
         let out = SendPtr(out.data.as_mut_ptr());
         let work = LatentWork { params, batch: &self.batch, cache, layer, heads, q: q.values(), out };
@@ -778,7 +787,10 @@ impl Backend for CpuBackend {
             gate: Gate::new(activation, self.gates),
         };
         let layer = experts::Layer { x, logits, correction: correction.map(Vec::as_slice), experts, routing };
-        experts::run(out, &layer, scratch, &machine)
+        let reads = experts::run(out, &layer, scratch, &machine)?;
+        self.reads.experts += reads.visited;
+        self.reads.chosen_experts += reads.chosen;
+        Ok(())
     }
 
     fn add_gated(&mut self, out: &mut CpuTensor, x: &CpuTensor, gate: Option<&CpuTensor>) -> Result<(), KernelError> {

@@ -8,7 +8,7 @@
 //!
 //! A mask gives the bytes of the even quad, a shift and a mask those of the odd one.
 
-use super::{GroupParams, PANEL, nearest, stored_scale};
+use super::{GroupParams, PANEL, nearest, nearest_whole, stored_scale};
 
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 8;
@@ -44,19 +44,18 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
     let (low, high) = range(values);
     let largest = if high > -low { high } else { low };
-    let mut best = (f32::INFINITY, stored_scale(0.0));
-    for steps in STEPS {
-        let scale = stored_scale(largest / steps);
-        let error = squared_error(values, scale.to_f32(), inverse(scale), -8.0, 7.0);
-        if error < best.0 {
-            best = (error, scale);
-        }
+    // Loops, since closures would be compiled for any machine.
+    let mut scales = [half::f16::ZERO; 5];
+    for n in 0..5 {
+        scales[n] = stored_scale(largest / STEPS[n]);
     }
-    let inverse = inverse(best.1);
+    let errors = squared_errors(values, scales, [-8.0; 5], [7.0; 5]);
+    let scale = least(errors).map_or(half::f16::ZERO, |n| scales[n]);
+    let inverse = inverse(scale);
     for (code, value) in codes.iter_mut().zip(values) {
         *code = (nearest((value * inverse).clamp(-8.0, 7.0)) + i32::from(ZERO)) as u8;
     }
-    GroupParams { scale: best.1, zero: ZERO }
+    GroupParams { scale, zero: ZERO }
 }
 
 /// Rounds a group to codes 0 to 15 from near its smallest weight (or 0) to near its largest (or 0). A weight is off by
@@ -66,16 +65,16 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
 pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParams {
     const SHRINK: [(f32, f32); 4] = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9)];
     let (low, high) = range(values);
-    let mut best = (f32::INFINITY, stored_scale(0.0), 0.0);
-    for (below, above) in SHRINK {
-        let scale = stored_scale((high * above - low * below) / 15.0);
-        let zero = nearest((-low * below * inverse(scale)).clamp(0.0, 15.0)) as f32;
-        let error = squared_error(values, scale.to_f32(), inverse(scale), -zero, 15.0 - zero);
-        if error < best.0 {
-            best = (error, scale, zero);
-        }
+    let (mut scales, mut zeros) = ([half::f16::ZERO; 4], [0.0; 4]);
+    let (mut first, mut last) = ([0.0; 4], [0.0; 4]);
+    for n in 0..4 {
+        let (below, above) = SHRINK[n];
+        scales[n] = stored_scale((high * above - low * below) / 15.0);
+        zeros[n] = nearest((-low * below * inverse(scales[n])).clamp(0.0, 15.0)) as f32;
+        (first[n], last[n]) = (-zeros[n], 15.0 - zeros[n]);
     }
-    let (_, scale, zero) = best;
+    let errors = squared_errors(values, scales, first, last);
+    let (scale, zero) = least(errors).map_or((half::f16::ZERO, 0.0), |n| (scales[n], zeros[n]));
     let inverse = inverse(scale);
     for (code, value) in codes.iter_mut().zip(values) {
         *code = (nearest((value * inverse).clamp(-zero, 15.0 - zero)) + zero as i32) as u8;
@@ -93,35 +92,76 @@ fn range(values: &[f32]) -> (f32, f32) {
     let (whole, rest) = values.as_chunks::<LANES>();
     for values in whole {
         for i in 0..LANES {
-            low[i] = low[i].min(values[i]);
-            high[i] = high[i].max(values[i]);
+            low[i] = less(values[i], low[i]);
+            high[i] = more(values[i], high[i]);
         }
     }
     for (i, value) in rest.iter().enumerate() {
-        low[i] = low[i].min(*value);
-        high[i] = high[i].max(*value);
+        low[i] = less(*value, low[i]);
+        high[i] = more(*value, high[i]);
     }
-    (low.into_iter().fold(0.0, f32::min), high.into_iter().fold(0.0, f32::max))
+    // In halves, each of which is one operation on vectors.
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            low[i] = less(low[i + half], low[i]);
+            high[i] = more(high[i + half], high[i]);
+        }
+    }
+    (low[0], high[0])
 }
 
-/// What rounding to whole steps from `first` to `last` leaves, squared and summed.
+/// The smaller of two numbers, in one instruction: unlike `min`, it makes no difference of what is not a number.
 #[inline(always)]
-fn squared_error(values: &[f32], step: f32, inverse: f32, first: f32, last: f32) -> f32 {
-    let off = |value: f32| {
-        let off = value - step * nearest((value * inverse).clamp(first, last)) as f32;
-        off * off
-    };
-    let mut sums = [0.0f32; LANES];
-    let (whole, rest) = values.as_chunks::<LANES>();
-    for values in whole {
-        for i in 0..LANES {
-            sums[i] += off(values[i]);
+fn less(value: f32, than: f32) -> f32 {
+    if value < than { value } else { than }
+}
+
+/// The larger of two numbers, likewise.
+#[inline(always)]
+pub(super) fn more(value: f32, than: f32) -> f32 {
+    if value > than { value } else { than }
+}
+
+/// What rounding to whole steps of each scale leaves, from its `first` to its `last`: squared and summed. The sums are in the order of lanes, and
+/// one beside the other, as each addition waits for the one before.
+#[inline(always)]
+fn squared_errors<const N: usize>(values: &[f32], scales: [half::f16; N], first: [f32; N], last: [f32; N]) -> [f32; N] {
+    let mut sums = [[0.0f32; LANES]; N];
+    for (n, sums) in sums.iter_mut().enumerate() {
+        let (step, inverse, first, last) = (scales[n].to_f32(), inverse(scales[n]), first[n], last[n]);
+        let off = |value: f32| {
+            let off = value - step * nearest_whole((value * inverse).clamp(first, last));
+            off * off
+        };
+        let (whole, rest) = values.as_chunks::<LANES>();
+        for values in whole {
+            for i in 0..LANES {
+                sums[i] += off(values[i]);
+            }
+        }
+        for (sum, value) in sums.iter_mut().zip(rest) {
+            *sum += off(*value);
         }
     }
-    for (i, value) in rest.iter().enumerate() {
-        sums[i] += off(*value);
+    let mut totals = [0.0f32; N];
+    for i in 0..LANES {
+        for n in 0..N {
+            totals[n] += sums[n][i];
+        }
     }
-    sums.into_iter().sum()
+    totals
+}
+
+/// The first of the smallest errors; none if all are infinite or no numbers. Without branches, which would be guesses: bits of floats that are not
+/// negative are in the order of the floats.
+#[inline(always)]
+fn least<const N: usize>(errors: [f32; N]) -> Option<usize> {
+    const SHIFT: u32 = 3;
+    let mut least = u64::from(f32::INFINITY.to_bits()) << SHIFT;
+    for (n, error) in errors.iter().enumerate() {
+        least = least.min(u64::from(error.to_bits()) << SHIFT | (n as u64 + 1));
+    }
+    (least as usize & ((1 << SHIFT) - 1)).checked_sub(1)
 }
 
 #[inline(always)]
@@ -170,6 +210,15 @@ mod tests {
             check(&values, largest / 4.0, largest / 8.0, quantize)?;
             check(&values, (high - low) / 6.0, (high - low) / 15.0, quantize_with_zero)?;
         }
+    }
+
+    #[test]
+    fn the_first_of_the_smallest_errors_is_taken() {
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        assert_eq!(least([3.0, 1.5, 2.0, 1.5, 9.0]), Some(1));
+        assert_eq!(least([0.0, 0.0]), Some(0));
+        assert_eq!(least([nan, inf, 1e30, 1e-42]), Some(3));
+        assert_eq!(least([inf, nan, inf]), None);
     }
 
     #[test]

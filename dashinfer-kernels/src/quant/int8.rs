@@ -5,7 +5,7 @@
 //!         [feature 0: k 0 1 2 3][feature 1]..  64 bytes         cols / 4 quads
 //! ```
 
-use super::{GroupParams, PANEL, nearest, stored_scale};
+use super::{GroupParams, PANEL, int4::more, nearest, stored_scale};
 
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 128;
@@ -36,10 +36,19 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     let (whole, rest) = values.as_chunks::<16>();
     for values in whole {
         for i in 0..16 {
-            lanes[i] = lanes[i].max(values[i].abs());
+            lanes[i] = more(values[i].abs(), lanes[i]);
         }
     }
-    let largest = rest.iter().chain(&lanes).fold(0.0, |largest: f32, value| largest.max(value.abs()));
+    // In halves, each of which is one operation on vectors.
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = more(lanes[i + half], lanes[i]);
+        }
+    }
+    let mut largest = lanes[0];
+    for value in rest {
+        largest = more(value.abs(), largest);
+    }
     let scale = stored_scale(largest / 127.0);
     let inverse = if largest == 0.0 { 0.0 } else { 1.0 / scale.to_f32() };
     for (code, value) in codes.iter_mut().zip(values) {

@@ -41,6 +41,7 @@ impl GroupParams {
 }
 
 /// The nearest scale that can be stored for one that is not: never zero unless `scale` is, never infinite.
+#[inline(always)]
 pub(crate) fn stored_scale(scale: f32) -> f16 {
     let stored = f16::from_f32(scale.clamp(-65504.0, 65504.0));
     if stored == f16::ZERO && scale != 0.0 {
@@ -55,6 +56,14 @@ pub(crate) fn stored_scale(scale: f32) -> f16 {
 /// Adding 1.5 · 2²³ leaves no bits for fractions. Unlike a conversion, that is one instruction on every machine.
 #[inline(always)]
 pub(crate) fn nearest(value: f32) -> i32 {
-    const SHIFT: f32 = 12_582_912.0;
     (value + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()).cast_signed()
 }
+
+/// [`nearest`], as the number that it is.
+#[inline(always)]
+pub(crate) fn nearest_whole(value: f32) -> f32 {
+    (value + SHIFT) - SHIFT
+}
+
+/// 1.5 · 2²³
+const SHIFT: f32 = 12_582_912.0;

@@ -26,6 +26,18 @@ const BLOCK: usize = 32;
 /// Twice the value of each half byte: a sign, two bits of exponent, one of mantissa.
 const TWICE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
+/// [`TWICE`] of both halves of each byte, the low one first, as codes.
+static CODES: [[u8; 2]; 256] = {
+    let mut codes = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let middle = CodeBits::Eight.middle();
+        codes[byte] = [middle.wrapping_add_signed(TWICE[byte & 15]), middle.wrapping_add_signed(TWICE[byte >> 4])];
+        byte += 1;
+    }
+    codes
+};
+
 /// The matrices of experts in such blocks: a part of `cols` columns is some rows of what is stacked.
 pub(super) fn module(part: &Part, stacked: Stacked, cols: usize) -> StoredModule {
     let Stacked { count, width, .. } = stacked;
@@ -137,7 +149,16 @@ impl StoredMatrix for Mxfp4<'_> {
     }
 
     fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+        let whole = places.start.is_multiple_of(2) && places.len().is_multiple_of(2);
         for (row, out) in rows.zip(out.chunks_mut(places.len().max(1))) {
+            if whole {
+                let first = ((self.places.first + row * self.places.step) * self.cols + places.start) / 2;
+                let stored = &self.blocks[first..][..places.len() / 2];
+                for (out, byte) in out.as_chunks_mut().0.iter_mut().zip(stored) {
+                    *out = CODES[usize::from(*byte)];
+                }
+                continue;
+            }
             for (col, out) in places.clone().zip(out) {
                 *out = CodeBits::Eight.middle().wrapping_add_signed(self.twice(row, col));
             }
@@ -217,6 +238,20 @@ mod tests {
         for r in 0..rows {
             packed.read_row(r, &mut row);
             assert_eq!(row, values[r * cols..][..cols]);
+        }
+    }
+
+    #[test]
+    fn codes_of_any_tile_are_those_of_its_columns() {
+        let (rows, cols) = (3, 64);
+        let blocks: Vec<u8> = (0..rows * cols / 2).map(|i| (i * 37 + i / 7) as u8).collect();
+        let matrix = Mxfp4::new([rows, cols], &blocks, &[127; 6]).unwrap();
+        for places in [0..64, 2..20, 1..21, 4..9, 7..7] {
+            let mut found = vec![0; 2 * places.len()];
+            matrix.codes(1..3, places.clone(), &mut found);
+            let wanted = (1..3).flat_map(|row| places.clone().map(move |col| (row, col)));
+            let wanted: Vec<u8> = wanted.map(|(row, col)| 128u8.wrapping_add_signed(matrix.twice(row, col))).collect();
+            assert_eq!(found, wanted, "{places:?}");
         }
     }
 

@@ -257,7 +257,6 @@ fn other_type(number: u32) -> String {
         29 => "IQ1_M",
         34 => "TQ1_0",
         35 => "TQ2_0",
-        39 => "MXFP4",
         _ => return format!("type {number}"),
     };
     let known: Vec<_> = BlockFormat::ALL.iter().map(|format| format.name()).collect();

@@ -1,6 +1,6 @@
 //! GGUF files made by plain statements of the format: of anything, and of goldens.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use dashinfer_models::{Checkpoint, StoredType, WeightSource};
 use serde_json::Value as Json;
@@ -122,6 +122,11 @@ fn put(out: &mut Vec<u8>, value: &Value) {
 /// A golden as a GGUF file, its weights in the types that they are stored in; `None` if it is of no architecture that files have, or has
 /// what they cannot say.
 pub(crate) fn of_golden(folder: &Path) -> Option<File> {
+    converted(folder, false)
+}
+
+/// The same, with latent attention's `kv_b` as two tensors if `split_heads`, as files have it today.
+pub(crate) fn converted(folder: &Path, split_heads: bool) -> Option<File> {
     let config: Json = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
     let architecture = match config["architectures"][0].as_str()? {
         "LlamaForCausalLM" | "MistralForCausalLM" => "llama",
@@ -130,9 +135,18 @@ pub(crate) fn of_golden(folder: &Path) -> Option<File> {
         "Gemma2ForCausalLM" => "gemma2",
         "Gemma3ForCausalLM" => "gemma3",
         "Glm4ForCausalLM" => "glm4",
+        "GlmForCausalLM" => "chatglm",
+        "Phi3ForCausalLM" => "phi3",
+        "MixtralForCausalLM" => "llama",
+        "Qwen2MoeForCausalLM" => "qwen2moe",
+        "Qwen3MoeForCausalLM" => "qwen3moe",
+        "DeepseekV2ForCausalLM" | "DeepseekV3ForCausalLM" => "deepseek2",
+        "Glm4MoeForCausalLM" => "glm4moe",
+        "GptOssForCausalLM" => "gpt-oss",
         _ => return None,
     };
-    if config["use_sliding_window"] == true || config.get("quantization_config").is_some() {
+    let quantized = config["quantization_config"]["quant_method"].as_str();
+    if config["use_sliding_window"] == true || quantized.is_some_and(|method| method != "mxfp4") {
         return None;
     }
     let whole = |key: &str| config[key].as_u64().map(|value| value as usize);
@@ -158,13 +172,22 @@ pub(crate) fn of_golden(folder: &Path) -> Option<File> {
         ("attention.head_count_kv", kv_heads),
         ("attention.key_length", head_dim),
         ("attention.value_length", head_dim),
-        ("rope.dimension_count", if architecture == "glm4" { head_dim / 2 } else { head_dim }),
+        (
+            "rope.dimension_count",
+            if ["glm4", "chatglm", "glm4moe"].contains(&architecture) { head_dim / 2 } else { head_dim },
+        ),
     ] {
         put(key, Value::U32(value as u32));
     }
+    experts(&config, &mut put);
+    if architecture == "deepseek2" {
+        latent(&config, split_heads, &mut put);
+    }
     put("attention.layer_norm_rms_epsilon", Value::F32(config["rms_norm_eps"].as_f64().unwrap() as f32));
     put("rope.freq_base", Value::F32(theta as f32));
-    if let Some(window) = whole("sliding_window").filter(|_| ["llama", "gemma2", "gemma3"].contains(&architecture)) {
+    if let Some(window) = whole("sliding_window")
+        .filter(|window| *window > 0 && ["llama", "gemma2", "gemma3", "phi3", "gpt-oss"].contains(&architecture))
+    {
         put("attention.sliding_window", Value::U32(window as u32));
     }
     for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
@@ -189,6 +212,21 @@ pub(crate) fn of_golden(folder: &Path) -> Option<File> {
         put("rope.scaling.factor", Value::F32(of_rope("factor").unwrap() as f32));
         let original = of_rope("original_max_position_embeddings").unwrap();
         put("rope.scaling.original_context_length", Value::U32(original as u32));
+        if let Some(all_dim) = of_rope("mscale_all_dim") {
+            put("rope.scaling.yarn_log_multiplier", Value::F32((0.1 * all_dim) as f32));
+        }
+    }
+    if kind == Some("longrope") {
+        let original = config["original_max_position_embeddings"].as_f64().unwrap();
+        put("rope.scaling.original_context_length", Value::U32(original as u32));
+        let factor = whole("max_position_embeddings").unwrap() as f64 / original;
+        put("rope.scaling.attn_factor", Value::F32((1.0 + factor.ln() / original.ln()).sqrt() as f32));
+        for (key, name) in [("short_factor", "rope_factors_short"), ("long_factor", "rope_factors_long")] {
+            let factors = rope.unwrap()[key].as_array().unwrap();
+            let bytes: Vec<u8> =
+                factors.iter().flat_map(|factor| (factor.as_f64().unwrap() as f32).to_le_bytes()).collect();
+            file.tensor(&format!("{name}.weight"), &[head_dim / 2], 0, &bytes);
+        }
     }
     if kind == Some("llama3") {
         let factors = (0..head_dim / 2).map(|pair| {
@@ -202,10 +240,22 @@ pub(crate) fn of_golden(folder: &Path) -> Option<File> {
         file.tensor("rope_freqs.weight", &[head_dim / 2], 0, &bytes);
     }
     let checkpoint = Checkpoint::open(folder).unwrap();
+    let mut stacks: Stacks = BTreeMap::new();
+    let extra = whole("num_hidden_layers").unwrap();
     for name in checkpoint.names() {
+        // Layers that predict tokens further ahead are left out, as the usual converter does of DeepSeek.
+        if architecture == "deepseek2" && name.starts_with(&format!("model.layers.{extra}.")) {
+            continue;
+        }
         let info = checkpoint.info(name).unwrap();
-        let StoredType::Float(dtype) = info.dtype else { panic!("{name} is quantized") };
         let mut bytes = checkpoint.read(name).unwrap().into_owned();
+        let StoredType::Float(dtype) = info.dtype else {
+            if let Some(module) = name.strip_suffix("_blocks") {
+                let scales = checkpoint.read(&format!("{module}_scales")).unwrap();
+                mxfp4(&mut file, &own_module(module, architecture), &info.shape, &bytes, &scales);
+            }
+            continue;
+        };
         if architecture == "llama" && (name.contains("q_proj") || name.contains("k_proj")) {
             bytes = paired(&bytes, info.shape[0], head_dim);
         }
@@ -219,10 +269,169 @@ pub(crate) fn of_golden(folder: &Path) -> Option<File> {
             let whole = dashinfer_kernels::to_f32(&bytes, dtype).into_iter().map(|value| value + 1.0);
             (type_number, bytes) = (0, whole.flat_map(f32::to_le_bytes).collect());
         }
-        file.tensor(&own_name(name, architecture), &info.shape, type_number, &bytes);
+        let size = dtype.size_bytes();
+        if let Some((stack, expert)) = of_expert(name) {
+            let stack =
+                stacks.entry(own_name(&stack, architecture)).or_insert((info.shape, type_number, BTreeMap::new()));
+            stack.2.insert(expert, bytes);
+        } else if let Some(module) = name.strip_suffix("gate_up_proj") {
+            // Columns of gate and up by turns, transposed.
+            for (which, own) in ["gate_proj", "up_proj"].into_iter().enumerate() {
+                let (shape, bytes) = transposed(&bytes, &info.shape, size, which, 2);
+                file.tensor(
+                    &format!("{}.weight", own_module(&format!("{module}{own}"), architecture)),
+                    &shape,
+                    type_number,
+                    &bytes,
+                );
+            }
+        } else if name.ends_with("experts.down_proj") {
+            let (shape, bytes) = transposed(&bytes, &info.shape, size, 0, 1);
+            file.tensor(&format!("{}.weight", own_module(name, architecture)), &shape, type_number, &bytes);
+        } else if let Some(module) = name.strip_suffix("gate_up_proj_bias") {
+            for (which, own) in ["gate_proj", "up_proj"].into_iter().enumerate() {
+                let values: Vec<u8> = bytes.chunks(size).skip(which).step_by(2).flatten().copied().collect();
+                let name = format!("{}.bias", own_module(&format!("{module}{own}"), architecture));
+                file.tensor(&name, &[info.shape[0], info.shape[1] / 2], type_number, &values);
+            }
+        } else if let Some(module) = name.strip_suffix("_bias").filter(|module| module.ends_with("down_proj")) {
+            file.tensor(&format!("{}.bias", own_module(module, architecture)), &info.shape, type_number, &bytes);
+        } else if split_heads && name.ends_with("kv_b_proj.weight") {
+            let [heads, nope, v] =
+                ["num_attention_heads", "qk_nope_head_dim", "v_head_dim"].map(|key| whole(key).unwrap());
+            let (rank, row) = (info.shape[1], info.shape[1] * size);
+            let (mut keys, mut values) = (Vec::new(), Vec::new());
+            for head in bytes.chunks((nope + v) * row) {
+                keys.extend(transposed(&head[..nope * row], &[1, nope, rank], size, 0, 1).1);
+                values.extend(&head[nope * row..]);
+            }
+            let layer = own_name(name, architecture).replace("attn_kv_b.weight", "");
+            file.tensor(&format!("{layer}attn_k_b.weight"), &[heads, rank, nope], type_number, &keys);
+            file.tensor(&format!("{layer}attn_v_b.weight"), &[heads, v, rank], type_number, &values);
+        } else {
+            // The usual converter leaves out what is 1.
+            let shape = if name.ends_with("shared_expert_gate.weight") { &info.shape[1..] } else { &info.shape[..] };
+            file.tensor(&own_name(name, architecture), shape, type_number, &bytes);
+        }
+    }
+    for (name, (mut shape, type_number, experts)) in stacks {
+        shape.insert(0, experts.len());
+        file.tensor(&name, &shape, type_number, &experts.into_values().flatten().collect::<Vec<_>>());
     }
     Some(file)
 }
+
+/// By name: the shape of one, its type, and the bytes of all.
+type Stacks = BTreeMap<String, (Vec<usize>, u32, BTreeMap<usize, Vec<u8>>)>;
+
+/// What is said of experts, by the keys of the architecture.
+fn experts(config: &Json, put: &mut impl FnMut(&str, Value)) {
+    let whole = |key: &str| config[key].as_u64().map(|value| value as u32);
+    let count = ["num_experts", "num_local_experts", "n_routed_experts"].into_iter().find_map(whole);
+    let Some(count) = count else { return };
+    put("expert_count", Value::U32(count));
+    for (key, own) in [
+        ("num_experts_per_tok", "expert_used_count"),
+        ("moe_intermediate_size", "expert_feed_forward_length"),
+        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+        ("n_shared_experts", "expert_shared_count"),
+        ("first_k_dense_replace", "leading_dense_block_count"),
+        ("n_group", "expert_group_count"),
+        ("topk_group", "expert_group_used_count"),
+    ] {
+        if let Some(value) = whole(key) {
+            put(own, Value::U32(value));
+        }
+    }
+    if let Some(scale) = config["routed_scaling_factor"].as_f64() {
+        put("expert_weights_scale", Value::F32(scale as f32));
+    }
+    if let Some(limit) = config["swiglu_limit"].as_f64() {
+        put("swiglu_clamp_exp", Value::F32(limit as f32));
+    }
+    let architecture = config["architectures"][0].as_str().unwrap();
+    if ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"].contains(&architecture) {
+        put("expert_weights_norm", Value::Bool(config["norm_topk_prob"].as_bool().unwrap()));
+        put("expert_gating_func", Value::U32(if architecture == "DeepseekV2ForCausalLM" { 1 } else { 2 }));
+    }
+    if architecture == "Glm4MoeForCausalLM" {
+        // Counted with those that are there, as the usual converter does.
+        put("block_count", Value::U32(whole("num_hidden_layers").unwrap() + 1));
+        put("nextn_predict_layers", Value::U32(1));
+    }
+}
+
+/// What is said of latent attention, in the form of one matrix or of two.
+fn latent(config: &Json, split_heads: bool, put: &mut impl FnMut(&str, Value)) {
+    let whole = |key: &str| config[key].as_u64().unwrap() as u32;
+    let (rank, rope) = (whole("kv_lora_rank"), whole("qk_rope_head_dim"));
+    let (key, value) = (whole("qk_nope_head_dim") + rope, whole("v_head_dim"));
+    put("attention.kv_lora_rank", Value::U32(rank));
+    if let Some(rank) = config["q_lora_rank"].as_u64() {
+        put("attention.q_lora_rank", Value::U32(rank as u32));
+    }
+    put("rope.dimension_count", Value::U32(rope));
+    if split_heads {
+        put("attention.head_count_kv", Value::U32(1));
+        put("attention.key_length", Value::U32(rank + rope));
+        put("attention.value_length", Value::U32(rank));
+        put("attention.key_length_mla", Value::U32(key));
+        put("attention.value_length_mla", Value::U32(value));
+    } else {
+        put("attention.key_length", Value::U32(key));
+        put("attention.value_length", Value::U32(value));
+    }
+}
+
+/// The tensor that an expert's is stacked in, by a name as of the hub, and which expert it is.
+fn of_expert(name: &str) -> Option<(String, usize)> {
+    let (start, rest) = name.split_once(".experts.")?;
+    let (expert, module) = rest.split_once('.')?;
+    Some((format!("{start}.experts.{module}"), expert.parse().ok()?))
+}
+
+/// Columns `first`, `first + step`, .. of each of `[count, cols, width]`, as rows.
+fn transposed(bytes: &[u8], shape: &[usize], size: usize, first: usize, step: usize) -> (Vec<usize>, Vec<u8>) {
+    let &[count, cols, width] = shape else { panic!("three dimensions") };
+    let mut out = Vec::new();
+    for matrix in bytes.chunks(cols * width * size) {
+        for row in (first..width).step_by(step) {
+            for col in 0..cols {
+                out.extend(&matrix[(col * width + row) * size..][..size]);
+            }
+        }
+    }
+    (vec![count, width / step, cols], out)
+}
+
+/// Experts in MXFP4: rows of gate and up stand apart, an exponent before each block, and its halves are low and high.
+fn mxfp4(file: &mut File, own: &str, shape: &[usize], blocks: &[u8], scales: &[u8]) {
+    let &[count, rows, in_row, 16] = shape else { panic!("blocks of 16 bytes") };
+    let all: Vec<Vec<u8>> = blocks
+        .chunks(16)
+        .zip(scales)
+        .map(|(block, scale)| {
+            let code = |i: usize| block[i / 2] >> (i % 2 * 4) & 15;
+            std::iter::once(*scale).chain((0..16).map(|i| code(i) | code(16 + i) << 4)).collect()
+        })
+        .collect();
+    let mut put = |own: &str, first: usize, step: usize| {
+        let rows = all.chunks(in_row).enumerate().filter(|(row, _)| row % step == first).map(|(_, row)| row.concat());
+        let bytes: Vec<u8> = rows.flatten().collect();
+        file.tensor(&format!("{own}.weight"), &[count, bytes.len() / 17 / in_row / count, in_row * 32], MXFP4, &bytes);
+    };
+    match own.strip_suffix("ffn_gate_up_exps") {
+        Some(layer) => {
+            put(&format!("{layer}ffn_gate_exps"), 0, 2);
+            put(&format!("{layer}ffn_up_exps"), 1, 2);
+        }
+        None => put(own, 0, 1),
+    }
+    debug_assert!(rows.is_multiple_of(2));
+}
+
+/// The number of the type.
+pub(crate) const MXFP4: u32 = 39;
 
 /// Rows `i` and `i + D / 2` of each head, side by side.
 fn paired(bytes: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
@@ -236,9 +445,20 @@ fn paired(bytes: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
 }
 
 fn own_name(name: &str, architecture: &str) -> String {
+    if let Some(layer) = name.strip_suffix(".self_attn.sinks") {
+        return format!("{}.attn_sinks.weight", layer.replace("model.layers", "blk"));
+    }
+    if let Some(layer) = name.strip_suffix(".mlp.gate.e_score_correction_bias") {
+        return format!("{}.exp_probs_b.bias", layer.replace("model.layers", "blk"));
+    }
     let (module, kind) = name.rsplit_once('.').unwrap();
+    format!("{}.{kind}", own_module(module, architecture))
+}
+
+fn own_module(module: &str, architecture: &str) -> String {
     let own = |module: &str| match module {
         "post_attention_layernorm" if architecture.starts_with("gemma") => "post_attention_norm",
+        "post_attention_layernorm" if ["gpt-oss", "glm4moe"].contains(&architecture) => "post_attention_norm",
         "pre_feedforward_layernorm" => "ffn_norm",
         "post_feedforward_layernorm" | "post_mlp_layernorm" => "post_ffw_norm",
         "post_self_attn_layernorm" => "post_attention_norm",
@@ -251,19 +471,35 @@ fn own_name(name: &str, architecture: &str) -> String {
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
         "self_attn.v_proj" => "attn_v",
+        "self_attn.qkv_proj" => "attn_qkv",
         "self_attn.o_proj" => "attn_output",
         "self_attn.q_norm" => "attn_q_norm",
         "self_attn.k_norm" => "attn_k_norm",
+        "self_attn.q_a_proj" => "attn_q_a",
+        "self_attn.q_a_layernorm" => "attn_q_a_norm",
+        "self_attn.q_b_proj" => "attn_q_b",
+        "self_attn.kv_a_proj_with_mqa" => "attn_kv_a_mqa",
+        "self_attn.kv_a_layernorm" => "attn_kv_a_norm",
+        "self_attn.kv_b_proj" => "attn_kv_b",
         "mlp.gate_proj" => "ffn_gate",
         "mlp.up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
+        "mlp.gate" | "mlp.router" | "block_sparse_moe.gate" => "ffn_gate_inp",
+        "mlp.experts.gate_proj" | "block_sparse_moe.experts.w1" => "ffn_gate_exps",
+        "mlp.experts.up_proj" | "block_sparse_moe.experts.w3" => "ffn_up_exps",
+        "mlp.experts.down_proj" | "block_sparse_moe.experts.w2" => "ffn_down_exps",
+        "mlp.experts.gate_up_proj" => "ffn_gate_up_exps",
+        "mlp.shared_expert.gate_proj" | "mlp.shared_experts.gate_proj" => "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj" | "mlp.shared_experts.up_proj" => "ffn_up_shexp",
+        "mlp.shared_expert.down_proj" | "mlp.shared_experts.down_proj" => "ffn_down_shexp",
+        "mlp.shared_expert_gate" => "ffn_gate_inp_shexp",
         other => panic!("{other} has no name"),
     };
     match module.strip_prefix("model.layers.") {
         Some(rest) => {
             let (layer, part) = rest.split_once('.').unwrap();
-            format!("blk.{layer}.{}.{kind}", own(part))
+            format!("blk.{layer}.{}", own(part))
         }
-        None => format!("{}.{kind}", own(module)),
+        None => own(module).to_owned(),
     }
 }

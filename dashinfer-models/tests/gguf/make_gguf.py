@@ -45,6 +45,7 @@ HALVES = {
     Type.Q6_K: [(208, 0.00004)],
     Type.IQ4_NL: [(0, 0.0007)],
     Type.IQ4_XS: [(0, 0.00004)],
+    Type.MXFP4: [],
 }
 
 
@@ -59,6 +60,8 @@ def random_blocks(rng, kind, rows, cols):
         elif number == 0:
             values = values * rng.choice([-1, 1], len(blocks), p=[0.25, 0.75])
         blocks[:, at : at + 2] = values.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    if kind == Type.MXFP4:
+        blocks[:, 0] = [120, 0, 1]  # the exponents, two of them of numbers below the normal ones
     return blocks.reshape(rows, cols // length * size)
 
 

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use dashinfer_kernels::{Backend, SampleRow, Sampled};
+use dashinfer_kernels::{Backend, SampleRow, Sampled, WeightReads};
 use dashinfer_models::{Decoder, ForwardBatch};
 
 use crate::Error;
@@ -50,6 +50,11 @@ pub(crate) trait Executor {
     fn idle_before_submit(&self) -> Option<Duration> {
         None
     }
+
+    /// What of weights all steps so far have read, where somebody counts.
+    fn weight_reads(&self) -> Option<WeightReads> {
+        None
+    }
 }
 
 /// One decoder on one backend.
@@ -80,6 +85,10 @@ impl<B: Backend> Executor for LocalExecutor<B> {
 
     fn idle_before_submit(&self) -> Option<Duration> {
         self.decoder.backend().idle()
+    }
+
+    fn weight_reads(&self) -> Option<WeightReads> {
+        self.decoder.backend().weight_reads()
     }
 
     fn submit(&mut self, step: &Step<'_>) -> Result<(), Error> {

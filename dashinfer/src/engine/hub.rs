@@ -43,6 +43,13 @@ pub struct EngineStats {
     pub starved_steps: u64,
     /// How long it had nothing to do before these.
     pub starved_time: Duration,
+    /// Bytes of weight matrices that steps have read, beside those of experts: each matrix once for all rows of a step. On the
+    /// CPU, as are the next two.
+    pub matrix_bytes_read: u64,
+    /// Bytes of experts that steps have read, as the threads have counted them.
+    pub expert_bytes_read: u64,
+    /// Bytes of the experts that the rows of steps have chosen, each once in a step: the least that could be read of them.
+    pub expert_bytes_chosen: u64,
 }
 
 /// Shared between handles and threads.

@@ -411,6 +411,10 @@ impl<E: Executor> StepLoop<E> {
         self.stats.prefix_lookup_tokens = scheduler.num_looked_up_tokens;
         self.stats.prefix_hit_tokens = scheduler.num_hit_tokens;
         self.stats.preemptions = scheduler.num_preemptions;
+        let reads = self.executor.weight_reads().unwrap_or_default();
+        self.stats.matrix_bytes_read = reads.matrices;
+        self.stats.expert_bytes_read = reads.experts;
+        self.stats.expert_bytes_chosen = reads.chosen_experts;
         self.hub.set_stats(self.stats);
     }
 }

@@ -28,6 +28,7 @@ use super::pool::ThreadPool;
 use super::quantized::{self, Activations, QuantizedMatrix};
 use crate::error::check;
 use crate::moe::choose;
+use crate::quant::PANEL;
 use crate::{Chosen, DType, KernelError, Routing, Scheme};
 
 /// Places of a batch, if no expert has more: some for each of many experts, so that threads share them well, and few enough for
@@ -57,6 +58,8 @@ pub struct CpuExpertScratch {
     scores: Vec<f32>,
     /// `[T, top_k]`
     chosen: Vec<Chosen>,
+    /// `[N]`: which were chosen.
+    seen: Vec<bool>,
     plan: Plan,
     /// The groups of a batch, from row 0 on.
     groups: Vec<Group>,
@@ -206,6 +209,7 @@ impl CpuExpertScratch {
             top_k: routing.top_k,
             scores: Vec::with_capacity(max_rows.saturating_mul(routing.scratch_len())),
             chosen: Vec::with_capacity(choices),
+            seen: Vec::with_capacity(routing.num_experts),
             plan: Plan::with_capacity(choices, routing.num_experts),
             groups: Vec::with_capacity(routing.num_experts),
             wide: buffer(hidden)?,
@@ -214,6 +218,20 @@ impl CpuExpertScratch {
             of_x: Operand::default(),
             operand: Operand::default(),
         })
+    }
+
+    /// The bytes of the experts that were chosen, each once.
+    fn bytes_chosen(&mut self, experts: &CpuExperts) -> u64 {
+        self.seen.clear();
+        self.seen.resize(self.num_experts, false);
+        let mut bytes = 0;
+        for choice in &self.chosen {
+            let expert = choice.expert as usize;
+            if !std::mem::replace(&mut self.seen[expert], true) {
+                bytes += experts.gate_up[expert].bytes() + experts.down[expert].bytes();
+            }
+        }
+        bytes as u64
     }
 
     fn route(&mut self, layer: &Layer<'_>, pool: &ThreadPool) {
@@ -239,13 +257,22 @@ impl CpuExpertScratch {
     }
 }
 
-/// See [`crate::Backend::experts`].
+/// Bytes of experts' matrices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Reads {
+    /// Those that the tasks have gone through.
+    pub(super) visited: u64,
+    /// Those of the experts that some row chose.
+    pub(super) chosen: u64,
+}
+
+/// See [`crate::Backend::experts`]. Returns what was read of the experts.
 pub(super) fn run(
     out: &mut CpuTensor,
     layer: &Layer<'_>,
     scratch: &mut CpuExpertScratch,
     machine: &Machine<'_>,
-) -> Result<(), KernelError> {
+) -> Result<Reads, KernelError> {
     const OP: &str = "experts";
     let (x, experts, routing) = (layer.x, layer.experts, layer.routing);
     let (rows, hidden, inner) = (x.rows(), experts.hidden(), experts.inner());
@@ -264,10 +291,12 @@ pub(super) fn run(
         return Err(KernelError::Shape { op: OP, what: "room for rows in the scratch", wanted: rows, found });
     }
     out.resize(OP, rows, hidden)?;
+    let mut reads = Reads::default();
     if rows == 0 {
-        return Ok(());
+        return Ok(reads);
     }
     scratch.route(layer, machine.pool);
+    reads.chosen = scratch.bytes_chosen(experts);
     let (pool, gate) = (machine.pool, machine.gate);
     let CpuExpertScratch { most, chosen, plan, groups, wide, gate_up, acts, of_x, operand, .. } = scratch;
     of_x.round(x.values(), rows, &experts.gate_up[0], machine)?;
@@ -288,14 +317,16 @@ pub(super) fn run(
             Kind::Bf16(..) => operand.bf16.gather(&of_x.bf16, rows, pool)?,
             Kind::Quantized(_) => operand.quantized.gather(&of_x.quantized, rows, pool)?,
         }
-        machine.multiply(&mut gate_up[..2 * inner * count], &wide[..hidden * count], operand, &experts.gate_up, groups);
+        let (up, rows) = (&mut gate_up[..2 * inner * count], &wide[..hidden * count]);
+        reads.visited += machine.multiply(up, rows, operand, &experts.gate_up, groups);
         apply_gate(gate, acts, gate_up, count, inner, pool);
         operand.round(&acts[..inner * count], count, &experts.down[0], machine)?;
-        machine.multiply(&mut wide[..hidden * count], &acts[..inner * count], operand, &experts.down, groups);
+        let (back, rows) = (&mut wide[..hidden * count], &acts[..inner * count]);
+        reads.visited += machine.multiply(back, rows, operand, &experts.down, groups);
         add_places(out, wide, &plan.places, chosen, places, pool);
         next = batch.end;
     }
-    Ok(())
+    Ok(reads)
 }
 
 /// What products read of the rows.
@@ -314,8 +345,9 @@ impl Machine<'_> {
         }
     }
 
-    /// The products of all `groups`, side by side. `x` is what `operand` was made of.
-    fn multiply(&self, out: &mut [f32], x: &[f32], operand: &Operand, matrices: &[CpuLinear], groups: &[Group]) {
+    /// The products of all `groups`, side by side. `x` is what `operand` was made of. Returns the bytes of the panels that tasks have gone
+    /// through.
+    fn multiply(&self, out: &mut [f32], x: &[f32], operand: &Operand, matrices: &[CpuLinear], groups: &[Group]) -> u64 {
         let dense = |expert: usize| match &matrices[expert] {
             CpuLinear::Dense(matrix) => matrix,
             CpuLinear::Quantized(_) => unreachable!("experts are of one type"),
@@ -324,14 +356,16 @@ impl Machine<'_> {
             CpuLinear::Quantized(matrix) => matrix,
             CpuLinear::Dense(_) => unreachable!("experts are of one type"),
         };
-        match self.kind(&matrices[0]) {
+        let panels = match self.kind(&matrices[0]) {
             Kind::F32 => linear::run_groups(self.product, out, x, groups, &dense, self.pool),
             Kind::Bf16(product, _) => linear_bf16::run_groups(product, out, &operand.bf16, groups, &dense, self.pool),
             Kind::Quantized(_) => {
                 let product = self.quantized_product;
-                quantized::run_groups(product, out, &operand.quantized, groups, &quantized, self.pool);
+                quantized::run_groups(product, out, &operand.quantized, groups, &quantized, self.pool)
             }
-        }
+        };
+        // Panels of matrices of one shape and type are of one size.
+        (panels * matrices[0].bytes() / matrices[0].rows().div_ceil(PANEL).max(1)) as u64
     }
 }
 

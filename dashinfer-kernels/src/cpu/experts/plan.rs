@@ -1,6 +1,7 @@
 //! Who computes which rows: the choices of a step, sorted by expert and cut into batches.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::pool::ThreadPool;
 use crate::Chosen;
@@ -73,22 +74,26 @@ impl Plan {
 }
 
 /// Calls `run` for parts of the panels of each group, in parallel, so that every panel of every group has its turn. With `pairs`, a part
-/// starts at an even panel.
+/// starts at an even panel. Returns how many panels had one, as the tasks have counted them.
 pub(crate) fn side_by_side(
     pool: &ThreadPool,
     groups: &[Group],
     panels: usize,
     pairs: bool,
     run: &(dyn Fn(&Group, Range<usize>) + Sync),
-) {
+) -> usize {
     // Several tasks for each thread, as in a product alone.
     let per_task = (panels * groups.len()).div_ceil(pool.num_threads() * 8).clamp(1, panels.max(1));
     let per_task = if pairs { per_task.next_multiple_of(2) } else { per_task };
     let parts = panels.div_ceil(per_task);
+    let visited = AtomicUsize::new(0);
     pool.run(groups.len() * parts, &|task, _| {
         let first = task % parts * per_task;
-        run(&groups[task / parts], first..panels.min(first + per_task));
+        let part = first..panels.min(first + per_task);
+        visited.fetch_add(part.len(), Ordering::Relaxed);
+        run(&groups[task / parts], part);
     });
+    visited.into_inner()
 }
 
 #[cfg(test)]

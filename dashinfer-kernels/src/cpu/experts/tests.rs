@@ -133,6 +133,32 @@ proptest! {
     }
 }
 
+/// Steps go through the panels of the experts that their rows chose, once, and through no others.
+#[test]
+fn what_is_read_is_what_was_chosen() {
+    let mut backend = backend(2, DType::F32, None).unwrap();
+    let (hidden, inner, routing) = (40, 24, routing(6, 2));
+    for kept in all_kept() {
+        let model = Model::new(&backend, [hidden, inner], routing, kept, false, 5);
+        let expert = (model.experts.gate_up[0].bytes() + model.experts.down[0].bytes()) as u64;
+        let mut scratch = backend.expert_scratch(30, hidden, inner, &routing).unwrap();
+        // The first rows want experts 1 and 4, the third 4 and 5.
+        let wants = [[1, 4], [1, 4], [4, 5]];
+        for (rows, distinct) in [(1, 2), (2, 2), (3, 3), (0, 0)] {
+            let mut logits = vec![0.0; rows * 6];
+            for (logits, wants) in logits.chunks_mut(6).zip(wants) {
+                wants.into_iter().for_each(|expert| logits[expert] = 5.0);
+            }
+            let before = backend.weight_reads().unwrap();
+            model.run(&mut backend, &mut scratch, &noise(rows * hidden, 3), &logits);
+            let after = backend.weight_reads().unwrap();
+            assert_eq!(after.chosen_experts - before.chosen_experts, distinct * expert, "{kept:?}");
+            assert_eq!(after.experts - before.experts, distinct * expert, "{kept:?}");
+            assert_eq!(after.matrices, before.matrices);
+        }
+    }
+}
+
 #[test]
 fn many_rows_go_in_batches_and_change_no_bit() {
     for compute in [DType::F32, DType::BF16] {

@@ -193,7 +193,8 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// The products of `groups` of rows with matrices of one shape, side by side: those of group `g` with `weight(g.expert)`.
+/// The products of `groups` of rows with matrices of one shape, side by side: those of group `g` with `weight(g.expert)`. Returns
+/// how many panels were read.
 ///
 /// `x`: `[rows of all groups, K]`; `out`: `[rows of all groups, N]`.
 ///
@@ -206,8 +207,8 @@ pub(crate) fn run_groups<'a>(
     groups: &[Group],
     weight: &(dyn Fn(usize) -> &'a PackedMatrix + Sync),
     pool: &ThreadPool,
-) {
-    let Some(rows) = group_rows(groups) else { return };
+) -> usize {
+    let Some(rows) = group_rows(groups) else { return 0 };
     let first = weight(groups[0].expert);
     assert!(x.len() == rows * first.cols() && out.len() == rows * first.rows(), "operands hold the rows of all groups");
     let out = Output::new(out, first.rows());
@@ -217,7 +218,7 @@ pub(crate) fn run_groups<'a>(
         // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels of rows that no
         // other group has, so its own part of `out`, which outlives the loop.
         unsafe { product(&Job { x, weight }, group.rows.clone(), panels, out) };
-    });
+    })
 }
 
 /// The rows of all groups, if there are any.

@@ -182,8 +182,8 @@ pub(crate) fn run_groups<'a>(
     groups: &[Group],
     weight: &(dyn Fn(usize) -> &'a PackedMatrix + Sync),
     pool: &ThreadPool,
-) {
-    let Some(rows) = group_rows(groups) else { return };
+) -> usize {
+    let Some(rows) = group_rows(groups) else { return 0 };
     let first = weight(groups[0].expert);
     let padded = first.cols().next_multiple_of(BF16_STEP);
     assert!(
@@ -200,7 +200,7 @@ pub(crate) fn run_groups<'a>(
         // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels of rows that no
         // other group has, so its own part of `out`, which outlives the loop.
         unsafe { product(&job, group.rows.clone(), panels, out) };
-    });
+    })
 }
 
 /// A stored value of an operand.

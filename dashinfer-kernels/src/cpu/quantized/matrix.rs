@@ -378,9 +378,9 @@ fn best_quantizer() -> Quantizer {
 /// [`quantize_panel`], compiled for AVX2: the same operations on more values at a time.
 ///
 /// # Safety
-/// The machine has AVX2.
+/// The machine has AVX2 and F16C.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,f16c")]
 unsafe fn quantize_avx2(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
     quantize_panel(panel, codes, scales, zeros)
 }
@@ -393,11 +393,55 @@ unsafe fn quantize_plain(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16]
     quantize_panel(panel, codes, scales, zeros)
 }
 
+/// Rounds the groups of a row; their scales and zero points, if there are any, are 16 apart.
+#[inline(always)]
+fn quantize_groups<const N: usize>(
+    values: &[[f32; N]],
+    codes: &mut [[u8; N]],
+    scheme: Scheme,
+    (scales, zeros): (&mut [u16], &mut [u8]),
+) {
+    for (at, (values, codes)) in values.iter().zip(codes).enumerate() {
+        let params = quantize_group(values, codes, scheme);
+        scales[at * PANEL] = params.scale.to_bits();
+        if scheme.has_zero_points() {
+            zeros[at * PANEL] = params.zero;
+        }
+    }
+}
+
+/// The same, of groups of any length.
+#[inline(always)]
+fn quantize_row(
+    values: &[f32],
+    codes: &mut [u8],
+    group: usize,
+    scheme: Scheme,
+    (scales, zeros): (&mut [u16], &mut [u8]),
+) {
+    for (at, (values, codes)) in values.chunks(group).zip(codes.chunks_mut(group)).enumerate() {
+        let params = quantize_group(values, codes, scheme);
+        scales[at * PANEL] = params.scale.to_bits();
+        if scheme.has_zero_points() {
+            zeros[at * PANEL] = params.zero;
+        }
+    }
+}
+
+#[inline(always)]
+fn quantize_group(values: &[f32], codes: &mut [u8], scheme: Scheme) -> GroupParams {
+    match (scheme.weight_bits(), scheme.has_zero_points()) {
+        (WeightBits::Eight, _) => int8::quantize(values, codes),
+        (WeightBits::Four, false) => int4::quantize(values, codes),
+        (WeightBits::Four, true) => int4::quantize_with_zero(values, codes),
+    }
+}
+
 #[inline(always)]
 fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
     let Panel { scheme, cut, cols, ref source } = *panel;
     let rows = source.rows();
-    let (bits, zero_points) = (scheme.weight_bits(), scheme.has_zero_points());
+    let bits = scheme.weight_bits();
     let grouped = scheme.group().is_some();
     let (stretch, group) = if grouped { (STRETCH, cut.group) } else { (cut.padded.max(1), cut.padded.max(1)) };
     let (mut values, mut row_codes) = (vec![0.0f32; stretch], vec![0u8; stretch]);
@@ -439,17 +483,14 @@ fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros
                 }
             }
             poison += lanes.into_iter().sum::<f32>();
-            for (at, (values, codes)) in values.chunks(group).zip(row_codes.chunks_mut(group)).enumerate() {
-                let params = match (bits, zero_points) {
-                    (WeightBits::Eight, _) => int8::quantize(values, codes),
-                    (WeightBits::Four, false) => int4::quantize(values, codes),
-                    (WeightBits::Four, true) => int4::quantize_with_zero(values, codes),
-                };
-                let at = (first / group + at) * PANEL + lane;
-                scales[at] = params.scale.to_bits();
-                if zero_points {
-                    zeros[at] = params.zero;
-                }
+            let at = first / group * PANEL + lane;
+            let params = (&mut scales[at..], zeros.get_mut(at..).unwrap_or_default());
+            match group {
+                // Of a known length, loops have no ends to see to.
+                32 => quantize_groups::<32>(values.as_chunks().0, row_codes.as_chunks_mut().0, scheme, params),
+                64 => quantize_groups::<64>(values.as_chunks().0, row_codes.as_chunks_mut().0, scheme, params),
+                128 => quantize_groups::<128>(values.as_chunks().0, row_codes.as_chunks_mut().0, scheme, params),
+                _ => quantize_row(values, row_codes, group, scheme, params),
             }
             match bits {
                 WeightBits::Eight => int8::place(codes, lane, row_codes),

@@ -140,8 +140,8 @@ pub(crate) fn run_groups<'a>(
     groups: &[Group],
     weight: &(dyn Fn(usize) -> &'a QuantizedMatrix + Sync),
     pool: &ThreadPool,
-) {
-    let Some(rows) = group_rows(groups) else { return };
+) -> usize {
+    let Some(rows) = group_rows(groups) else { return 0 };
     let first = weight(groups[0].expert);
     assert!(x.fits(rows, first) && out.len() == rows * first.rows(), "operands hold the rows of all groups");
     let out = Output::new(out, first.rows());
@@ -152,7 +152,7 @@ pub(crate) fn run_groups<'a>(
         // SAFETY: the variant was chosen for this machine; lengths were checked above; each task has its own panels of rows that no
         // other group has, so its own part of `out`, which outlives the loop.
         unsafe { (product.run)(&Job { x, weight }, group.rows.clone(), panels, out) };
-    });
+    })
 }
 
 #[cfg(test)]

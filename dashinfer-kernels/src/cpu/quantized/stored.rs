@@ -40,17 +40,20 @@ pub(super) fn pack_panel(
         };
         let quads = &mut codes[bits(first)..bits(first + len)];
         for lane in 0..PANEL {
-            let row_codes = &mut row_codes[..len];
-            // What pads a row or a panel is 0, or meets activations that are.
-            row_codes.fill(middle);
-            if lane < rows.len() {
-                let stored = &mut row_codes[..places.len()];
-                stored.copy_from_slice(&tile[lane * places.len()..][..places.len()]);
-                params.centre(lane, first, stored);
-            }
+            let stored = if lane < rows.len() { &mut tile[lane * places.len()..][..places.len()] } else { &mut [] };
+            params.centre(lane, first, stored);
+            let lane_codes = if stored.len() == len {
+                &*stored
+            } else {
+                // What pads a row or a panel is 0, or meets activations that are.
+                let (of_row, padding) = row_codes[..len].split_at_mut(stored.len());
+                of_row.copy_from_slice(stored);
+                padding.fill(middle);
+                &row_codes[..len]
+            };
             match scheme.weight_bits() {
-                WeightBits::Four => int4::place(quads, lane, row_codes),
-                WeightBits::Eight => int8::place(quads, lane, row_codes),
+                WeightBits::Four => int4::place(quads, lane, lane_codes),
+                WeightBits::Eight => int8::place(quads, lane, lane_codes),
             }
         }
     }

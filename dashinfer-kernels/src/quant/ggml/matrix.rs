@@ -1,7 +1,7 @@
 //! [`BlockMatrix`]: rows of blocks, as the packer takes them.
 //!
 //! What a block of 32 stores as small integers is packed as it is, with the very scale of the block: `Q4_0` as 4-bit codes, `Q8_0`, `Q5_0`
-//! and `IQ4_NL` as 8-bit codes, and `Q3_K` too, whose scales of parts are small enough to be multiplied into the codes. `IQ4_XS` has its codes
+//! `IQ4_NL` and `MXFP4` as 8-bit codes, and `Q3_K` too, whose scales of parts are small enough to be multiplied into the codes. `IQ4_XS` has its codes
 //! kept and the products of its two scales rounded to f16. The others have smallest weights that no integer zero point can state, or too
 //! fine steps: their values are quantized anew.
 
@@ -56,6 +56,7 @@ impl<'a> BlockMatrix<'a> {
             BlockFormat::Iq4Nl => blocks::iq4_nl_codes(block),
             BlockFormat::Q3K => superblocks::q3_k_codes(block, first),
             BlockFormat::Iq4Xs => superblocks::iq4_xs_codes(block, first),
+            BlockFormat::Mxfp4 => blocks::mxfp4_codes(block),
             _ => unreachable!("it has no layout"),
         }
     }
@@ -65,6 +66,7 @@ impl<'a> BlockMatrix<'a> {
         match self.format {
             BlockFormat::Q3K => superblocks::q3_k_group_scale(block).to_f32(),
             BlockFormat::Iq4Xs => superblocks::iq4_xs_group_scale(block, first),
+            BlockFormat::Mxfp4 => blocks::mxfp4_scale(block),
             _ => f16::from_le_bytes([block[0], block[1]]).to_f32(),
         }
     }
@@ -91,10 +93,14 @@ impl StoredMatrix for BlockMatrix<'_> {
             let mut col = cols.start;
             while !out.is_empty() {
                 let (block, place) = self.block(row, col);
-                self.format.dequantize(block, values);
                 let some = out.len().min(len - place);
                 let (now, later) = std::mem::take(&mut out).split_at_mut(some);
-                now.copy_from_slice(&values[place..place + some]);
+                if some == len {
+                    self.format.dequantize(block, now);
+                } else {
+                    self.format.dequantize(block, values);
+                    now.copy_from_slice(&values[place..place + some]);
+                }
                 (out, col) = (later, col + some);
             }
         }
@@ -132,7 +138,7 @@ impl BlockFormat {
     pub fn layout(self) -> Option<CodeLayout> {
         let bits = match self {
             Self::Q4_0 => CodeBits::Four,
-            Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl | Self::Q3K | Self::Iq4Xs => CodeBits::Eight,
+            Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl | Self::Q3K | Self::Iq4Xs | Self::Mxfp4 => CodeBits::Eight,
             _ => return None,
         };
         Some(CodeLayout { bits, group: Some(GROUP), zero_points: false })
@@ -160,6 +166,10 @@ mod tests {
             _ => &[0],
         };
         for (i, block) in bytes.chunks_exact_mut(format.block_bytes()).enumerate() {
+            if format == BlockFormat::Mxfp4 {
+                block[0] = 110 + block[0] % 20; // powers of two that f16 has
+                continue;
+            }
             for (j, at) in halves.iter().enumerate() {
                 let scale = f16::from_f32(noise(blocks * 2, !seed)[i * 2 + j] * 0.01);
                 block[*at..at + 2].copy_from_slice(&scale.to_le_bytes());

@@ -35,6 +35,7 @@ fn taken<const N: usize>(bytes: &[u8], shift: usize, mask: u8) -> [u8; N] {
 
 /// The scale and the smallest weight of part `part` of eight, 6 bits each, of 12 bytes: those of the first four parts are the low bits
 /// of bytes 0 to 3 and 4 to 7; of the others, bytes 8 to 11 hold four bits each, and the two above are left over in the former.
+#[inline(always)]
 fn scale_and_min(bytes: &[u8], part: usize) -> (u8, u8) {
     if part < 4 {
         return (bytes[part] & 63, bytes[part + 4] & 63);
@@ -44,6 +45,7 @@ fn scale_and_min(bytes: &[u8], part: usize) -> (u8, u8) {
 }
 
 /// `[scales and minima: 16, 4 bits each][codes: 64][scale: f16][scale of minima: f16]`.
+#[inline(always)]
 pub(super) fn q2_k(block: &[u8], out: &mut [f32]) {
     let (scale, min) = (half(block, 80).to_f32(), half(block, 82).to_f32());
     for (part, out) in out.chunks_exact_mut(16).enumerate() {
@@ -57,6 +59,7 @@ pub(super) fn q2_k(block: &[u8], out: &mut [f32]) {
 
 /// `[third bits, inverted: 32][codes: 64][scales: 12, 6 bits each][scale: f16]`. Bit `i / 32` of byte `i % 32` is set unless 4 is to be
 /// taken off. Of scale `p`, the low four bits are a half of byte `p % 8`, the two above in byte `8 + p % 4`.
+#[inline(always)]
 pub(super) fn q3_k(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 108).to_f32();
     for (part, out) in out.chunks_exact_mut(16).enumerate() {
@@ -87,6 +90,7 @@ fn q3_k_part(block: &[u8], part: usize) -> [i8; 16] {
 }
 
 /// `[scale: f16][scale of minima: f16][scales and minima: 12][codes: 128]`.
+#[inline(always)]
 pub(super) fn q4_k(block: &[u8], out: &mut [f32]) {
     let (scale, min) = (half(block, 0).to_f32(), half(block, 2).to_f32());
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
@@ -100,6 +104,7 @@ pub(super) fn q4_k(block: &[u8], out: &mut [f32]) {
 
 /// `[scale: f16][scale of minima: f16][scales and minima: 12][fifth bits: 32][codes: 128]`. The fifth bit of weight `i` is bit `i / 32`
 /// of byte `i % 32`.
+#[inline(always)]
 pub(super) fn q5_k(block: &[u8], out: &mut [f32]) {
     let (scale, min) = (half(block, 0).to_f32(), half(block, 2).to_f32());
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
@@ -114,6 +119,7 @@ pub(super) fn q5_k(block: &[u8], out: &mut [f32]) {
 
 /// `[low four bits: 128][high two bits: 64][scales: 16, signed][scale: f16]`. In each half of 128 weights, the low bits are the low and
 /// then the high halves of 64 bytes.
+#[inline(always)]
 pub(super) fn q6_k(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 208).to_f32();
     for (part, out) in out.chunks_exact_mut(16).enumerate() {
@@ -127,6 +133,7 @@ pub(super) fn q6_k(block: &[u8], out: &mut [f32]) {
 
 /// `[scale: f16][high two bits of scales: 2][low four bits of scales: 4][codes: 128]`. In each part of 32 weights, the low and then the
 /// high halves of 16 bytes name steps.
+#[inline(always)]
 pub(super) fn iq4_xs(block: &[u8], out: &mut [f32]) {
     for (part, out) in out.chunks_exact_mut(32).enumerate() {
         let scale = iq4_xs_group_scale(block, part * 32);
