@@ -1,4 +1,4 @@
-//! NEON: up to six queries by 16 columns, or three by 32, each row's sums in four or eight registers.
+//! NEON: up to five queries by 16 columns, or two by 32, each row's sums in four or eight registers.
 //!
 //! Scores, and the sums of values by equal weights, are those of AVX2 to the bit; weights are not, because their sum has other lanes.
 
@@ -22,10 +22,10 @@ pub(super) unsafe fn range(span: &Span<'_>, scratch: &mut Vec<f32>, partial: &mu
 struct Neon;
 
 impl Tiles for Neon {
-    /// As for dense products: 24 sums, four steps of each row, and a vector of the right side.
-    const MAX_ROWS: usize = 6;
-    /// 24 sums again. Two groups of one to three rows have the independent chains that hide a multiply-add's latency.
-    const MAX_ROWS_OF_TWO: usize = 3;
+    /// 20 sums, four steps of each row, and four vectors of the right side. With six rows the compiler spills where elements are converted.
+    const MAX_ROWS: usize = 5;
+    /// 16 sums; 24 would be spilled too. Two groups of one or two rows have the independent chains that hide a multiply-add's latency.
+    const MAX_ROWS_OF_TWO: usize = 2;
 
     unsafe fn product<const ELEMENT: u8>(rows: usize, groups: usize, product: &Product<'_>) {
         // SAFETY: the caller's promise, passed on.
@@ -33,13 +33,11 @@ impl Tiles for Neon {
             match (rows, groups) {
                 (1, 1) => tile_of::<ELEMENT, 1, 1>(product),
                 (2, 1) => tile_of::<ELEMENT, 2, 1>(product),
-                (3, 1) => tile_of::<ELEMENT, 3, 1>(product),
-                (4, _) => tile_of::<ELEMENT, 4, 1>(product),
-                (5, _) => tile_of::<ELEMENT, 5, 1>(product),
-                (6, _) => tile_of::<ELEMENT, 6, 1>(product),
                 (1, _) => tile_of::<ELEMENT, 1, 2>(product),
                 (2, _) => tile_of::<ELEMENT, 2, 2>(product),
-                _ => tile_of::<ELEMENT, 3, 2>(product),
+                (3, _) => tile_of::<ELEMENT, 3, 1>(product),
+                (4, _) => tile_of::<ELEMENT, 4, 1>(product),
+                _ => tile_of::<ELEMENT, 5, 1>(product),
             }
         }
     }
