@@ -153,3 +153,28 @@ pub(crate) fn supported<F: Copy>(variants: &[Variant<F>]) -> Vec<Variant<F>> {
     }
     variants.iter().copied().filter(|v| v.isa.is_available()).collect()
 }
+
+#[cfg(all(test, feature = "arm", target_arch = "aarch64"))]
+mod tests {
+    use super::*;
+
+    /// What slipped through the dispatch would be skipped by every other test.
+    #[test]
+    fn an_emulated_cpu_has_what_its_name_says() {
+        let (Some(_), Ok(cpu)) = (std::env::var_os("DASHINFER_EMULATED"), std::env::var("QEMU_CPU")) else {
+            println!("skipped: no emulator that says so");
+            return;
+        };
+        let best = match &*cpu {
+            "cortex-a57" | "cortex-a72" | "a64fx" => Isa::Neon,
+            "cortex-a76" | "neoverse-n1" => Isa::DotProd,
+            "max,sve=off" | "max,sve-max-vq=1" | "max,sve-default-vector-length=16" => Isa::I8mm,
+            "max" | "max,sve-default-vector-length=32" => Isa::Sve,
+            other => {
+                println!("skipped: what is {other}?");
+                return;
+            }
+        };
+        assert_eq!(Isa::best(), best, "{cpu}");
+    }
+}

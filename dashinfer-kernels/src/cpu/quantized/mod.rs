@@ -22,6 +22,8 @@ mod matrix;
 mod neon;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod round_avx2;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod round_neon;
 mod scalar;
 mod stored;
 
