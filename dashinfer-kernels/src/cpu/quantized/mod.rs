@@ -239,7 +239,8 @@ mod tests {
         for scheme in Scheme::ALL {
             let matrix = packed(n, k, scheme, true, 3, &pool);
             let want = product(scalar(), &x[..97 * k], &matrix, &pool);
-            for v in supported(VARIANTS) {
+            // The definition computes each row by itself, and takes its time.
+            for v in supported(VARIANTS).into_iter().filter(|v| v.isa != Isa::Scalar) {
                 let whole = product(v.run, &x, &matrix, &pool);
                 assert_eq!(whole[..want.len()], want, "{:?} {scheme}", v.isa);
                 for row in [0, 95, 96, 150, 202] {
