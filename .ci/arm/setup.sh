@@ -161,4 +161,5 @@ export CXX_aarch64_unknown_linux_gnu=aarch64-linux-gnu-g++
 export AR_aarch64_unknown_linux_gnu=aarch64-linux-gnu-ar
 export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
 export QEMU_CPU="\${QEMU_CPU:-max}"
+export DASHINFER_EMULATED=1
 OUT

@@ -18,6 +18,13 @@ impl SplitMix64 {
     }
 }
 
+/// `cases` random cases of a property; a quarter of them where `DASHINFER_EMULATED` says that an emulator runs the tests, in which
+/// arithmetic is ten to twenty times slower. Other runs draw others.
+pub(crate) fn cases(cases: u32) -> proptest::prelude::ProptestConfig {
+    let emulated = std::env::var_os("DASHINFER_EMULATED").is_some();
+    proptest::prelude::ProptestConfig::with_cases(if emulated { cases.div_ceil(4) } else { cases })
+}
+
 /// `len` values in −1..1, the same for the same seed.
 pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let mut random = SplitMix64(seed ^ 0x9e37_79b9_7f4a_7c15);

@@ -38,7 +38,8 @@ pub struct CpuConfig {
     pub pool: PoolConfig,
     /// Use kernels of this instruction set at most; for comparing variants. Default: the best that the machine has.
     pub isa: Option<Isa>,
-    /// [`DType::F32`], or [`DType::BF16`] to round activations to bf16 in products with bf16 weights, for AVX-512 BF16 or AMX.
+    /// [`DType::F32`], or [`DType::BF16`] to round activations to bf16 in products with bf16 weights, for AVX-512 BF16,
+    /// AMX or Arm's bf16.
     /// Default: f32.
     pub compute: DType,
 }
@@ -211,7 +212,7 @@ impl CpuBackend {
             DType::BF16 if linear_bf16::best(isa).is_some() => linear_bf16::best(isa),
             other => {
                 let what = match other {
-                    DType::BF16 => "computing in bf16 without AVX-512 BF16 or AMX".to_owned(),
+                    DType::BF16 => "computing in bf16 without AVX-512 BF16, AMX or Arm's bf16".to_owned(),
                     other => format!("computing in {other}"),
                 };
                 return Err(KernelError::Unsupported { op: "CpuBackend::new", what, backend: "cpu" });

@@ -124,7 +124,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
+        #![proptest_config(crate::random::cases(48))]
 
         #[test]
         fn it_has_the_bits_of_product_and_activation(

@@ -23,7 +23,8 @@ pub enum Isa {
     DotProd,
     /// 64-bit Arm with `i8mm` and `bf16` (Neoverse V1 and N2, Apple M2, and later).
     I8mm,
-    /// 64-bit Arm with SVE beside all of [`I8mm`](Self::I8mm) (Neoverse V1 and N2, and later).
+    /// 64-bit Arm with vectors of SVE that are longer than NEON's 128 bits, beside all of [`I8mm`](Self::I8mm) (Neoverse V1). With vectors of
+    /// 128 bits, as Neoverse N2 and V2 have them, SVE would bring nothing.
     Sve,
 }
 
@@ -93,7 +94,12 @@ impl Isa {
                     && std::arch::is_aarch64_feature_detected!("bf16")
             }
             #[cfg(all(feature = "arm", target_arch = "aarch64"))]
-            Self::Sve => Self::I8mm.is_available() && std::arch::is_aarch64_feature_detected!("sve"),
+            Self::Sve => {
+                Self::I8mm.is_available() && std::arch::is_aarch64_feature_detected!("sve") && {
+                    // SAFETY: the machine has SVE.
+                    unsafe { sve_bytes() > 16 }
+                }
+            }
             #[cfg(not(all(feature = "x86", target_arch = "x86_64")))]
             Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => false,
             #[cfg(not(all(feature = "arm", target_arch = "aarch64")))]
@@ -106,6 +112,19 @@ impl Isa {
     pub fn best() -> Self {
         Self::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Self::Scalar)
     }
+}
+
+/// Bytes of a vector of SVE of this thread.
+///
+/// # Safety
+/// The machine has SVE.
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+#[target_feature(enable = "sve")]
+pub(crate) unsafe fn sve_bytes() -> usize {
+    let bytes;
+    // SAFETY: SVE is on in this function; the instruction only counts.
+    unsafe { std::arch::asm!("cntb {}", out(reg) bytes, options(pure, nomem, nostack, preserves_flags)) };
+    bytes
 }
 
 /// One implementation of an operator.
@@ -133,4 +152,29 @@ pub(crate) fn supported<F: Copy>(variants: &[Variant<F>]) -> Vec<Variant<F>> {
         println!("skipped: {:?} is not available on this machine", v.isa);
     }
     variants.iter().copied().filter(|v| v.isa.is_available()).collect()
+}
+
+#[cfg(all(test, feature = "arm", target_arch = "aarch64"))]
+mod tests {
+    use super::*;
+
+    /// What slipped through the dispatch would be skipped by every other test.
+    #[test]
+    fn an_emulated_cpu_has_what_its_name_says() {
+        let (Some(_), Ok(cpu)) = (std::env::var_os("DASHINFER_EMULATED"), std::env::var("QEMU_CPU")) else {
+            println!("skipped: no emulator that says so");
+            return;
+        };
+        let best = match &*cpu {
+            "cortex-a57" | "cortex-a72" | "a64fx" => Isa::Neon,
+            "cortex-a76" | "neoverse-n1" => Isa::DotProd,
+            "max,sve=off" | "max,sve-max-vq=1" | "max,sve-default-vector-length=16" => Isa::I8mm,
+            "max" | "max,sve-default-vector-length=32" => Isa::Sve,
+            other => {
+                println!("skipped: what is {other}?");
+                return;
+            }
+        };
+        assert_eq!(Isa::best(), best, "{cpu}");
+    }
 }

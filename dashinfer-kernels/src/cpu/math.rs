@@ -124,8 +124,25 @@ pub(crate) fn exp2_16(x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512
     _mm512_mul_ps(p, _mm512_castsi512_ps(exponent))
 }
 
+/// [`exp2_8`] of four values.
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn exp2_4(x: std::arch::aarch64::float32x4_t) -> std::arch::aarch64::float32x4_t {
+    use std::arch::aarch64::*;
+    let x = vmaxq_f32(x, vdupq_n_f32(-127.0));
+    let n = vrndnq_f32(x);
+    let r = vsubq_f32(x, n);
+    let mut p = vdupq_n_f32(EXP2[0]);
+    for c in &EXP2[1..] {
+        p = vfmaq_f32(vdupq_n_f32(*c), p, r);
+    }
+    let exponent = vshlq_n_s32::<23>(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)));
+    vmulq_f32(p, vreinterpretq_f32_s32(exponent))
+}
+
 /// `ln(2)^k / k!` from `k = 6` down to 0.
-#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
 const EXP2: [f32; 7] =
     [1.540_353_1e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0];
 
@@ -183,10 +200,15 @@ pub(crate) mod tests {
         assert!((row[0] - 30.0 * (100f32 / 30.0).tanh()).abs() < 1e-4 && row[2] == 0.0, "{row:?}");
     }
 
+    /// `2^x` of sixteen values, in the vectors of an instruction set.
+    #[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
+    type Exp2 = crate::cpu::isa::Variant<unsafe fn(&[f32; 16]) -> [f32; 16]>;
+
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-    #[test]
-    fn exp2_is_exp2_to_a_few_ulps() {
+    fn exp2_variants() -> Vec<Exp2> {
         use std::arch::x86_64::*;
+
+        use crate::cpu::isa::{Isa, Variant};
         #[target_feature(enable = "avx2,fma")]
         fn eight(x: &[f32; 16]) -> [f32; 16] {
             let mut out = [0.0; 16];
@@ -206,11 +228,30 @@ pub(crate) mod tests {
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), super::exp2_16(_mm512_loadu_ps(x.as_ptr()))) };
             out
         }
-        use crate::cpu::isa::{Isa, Variant, supported};
-        type Run = unsafe fn(&[f32; 16]) -> [f32; 16];
-        let variants: [Variant<Run>; 2] =
-            [Variant { isa: Isa::Avx2, run: eight }, Variant { isa: Isa::Avx512, run: sixteen }];
-        for Variant { run, .. } in supported(&variants) {
+        vec![Variant { isa: Isa::Avx2, run: eight }, Variant { isa: Isa::Avx512, run: sixteen }]
+    }
+
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    fn exp2_variants() -> Vec<Exp2> {
+        use std::arch::aarch64::*;
+
+        use crate::cpu::isa::{Isa, Variant};
+        fn four(x: &[f32; 16]) -> [f32; 16] {
+            let mut out = [0.0; 16];
+            for at in [0, 4, 8, 12] {
+                // SAFETY: every 64-bit Arm has NEON; both arrays hold four values from there on.
+                unsafe { vst1q_f32(out.as_mut_ptr().add(at), super::exp2_4(vld1q_f32(x.as_ptr().add(at)))) };
+            }
+            out
+        }
+        vec![Variant { isa: Isa::Neon, run: four }]
+    }
+
+    #[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
+    #[test]
+    fn exp2_is_exp2_to_a_few_ulps() {
+        use crate::cpu::isa::{Variant, supported};
+        for Variant { run, .. } in supported(&exp2_variants()) {
             for i in 0..10_000 {
                 let x: [f32; 16] = std::array::from_fn(|lane| (i * 16 + lane) as f32 / 1000.0 - 126.0);
                 // SAFETY: the machine has the instruction set.

@@ -53,7 +53,7 @@ pub enum ComputeType {
     /// 16 bits with 11 of precision; sums in f32. On GPUs only.
     F16,
     /// 16 bits with 8 of precision and the range of f32; sums in f32. On the CPU, activations are rounded in products with bf16 weights, which
-    /// takes AVX-512 BF16 or AMX; the rest stays f32.
+    /// takes AVX-512 BF16, AMX or Arm's bf16; the rest stays f32.
     BF16,
 }
 

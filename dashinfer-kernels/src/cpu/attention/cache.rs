@@ -184,7 +184,10 @@ impl CpuKvCache {
 
 impl Run<'_> {
     /// The scales of neighbouring tokens from `offset` on, if they are int8.
-    #[cfg_attr(not(all(feature = "x86", target_arch = "x86_64")), expect(dead_code, reason = "for blocked variants"))]
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        expect(dead_code, reason = "for blocked variants")
+    )]
     pub(super) fn int8_scales(&self, offset: usize, scales: &mut [f32]) {
         // Runs are a multiple of 64 bytes long in a buffer that is aligned to as many, so their scales are aligned.
         let stored: &[f32] = bytemuck::cast_slice(self.scales);
@@ -192,7 +195,10 @@ impl Run<'_> {
     }
 
     /// The scales and offsets of neighbouring tokens from `offset` on, if they are uint4.
-    #[cfg_attr(not(all(feature = "x86", target_arch = "x86_64")), expect(dead_code, reason = "for blocked variants"))]
+    #[cfg_attr(
+        not(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64"))),
+        expect(dead_code, reason = "for blocked variants")
+    )]
     pub(super) fn uint4_scales(&self, offset: usize, scales: &mut [f32], offsets: &mut [f32]) {
         // Aligned as above.
         let stored: &[f16] = bytemuck::cast_slice(self.scales);

@@ -406,7 +406,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
+        #![proptest_config(crate::random::cases(32))]
 
         #[test]
         fn it_is_attention_with_the_keys_and_values_of_every_head(

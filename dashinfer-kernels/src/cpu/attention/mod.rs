@@ -12,11 +12,13 @@
 mod avx2;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx512;
-#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+#[cfg(any(all(feature = "x86", target_arch = "x86_64"), all(feature = "arm", target_arch = "aarch64")))]
 mod blocked;
 mod cache;
 mod int8;
 mod latent;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod neon;
 mod partial;
 mod scalar;
 mod uint4;
@@ -187,6 +189,8 @@ pub(crate) static VARIANTS: &[Variant<AttentionRange>] = &[
     Variant { isa: Isa::Avx512, run: avx512::range },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: avx2::range },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::Neon, run: neon::range },
     Variant { isa: Isa::Scalar, run: scalar::range },
 ];
 
@@ -446,7 +450,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
+        #![proptest_config(crate::random::cases(32))]
 
         #[test]
         fn every_variant_agrees_with_scalar(
@@ -515,7 +519,9 @@ mod tests {
         for cache_type in CacheType::ALL {
             for window in [None, Some(50), Some(300)] {
                 let whole = Case::new(params(2, 2, 12, window), 16, cache_type, &[(LEN, LEN)], 5);
-                for v in supported(VARIANTS) {
+                // The definition computes each query by itself, whatever is stored, and takes its time.
+                let one_is_enough = |isa| isa == Isa::Scalar && cache_type != CacheType::F32;
+                for v in supported(VARIANTS).into_iter().filter(|v| !one_is_enough(v.isa)) {
                     let want = whole.run(v.run, &one);
                     for (position, rows) in [(0, 1), (1, 1), (63, 1), (255, 1), (256, 2), (300, 40), (511, 2), (599, 1)]
                     {

@@ -112,7 +112,7 @@ fn all_kept() -> impl Iterator<Item = Kept> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(crate::random::cases(32))]
 
     #[test]
     fn it_is_the_sum_over_the_chosen_to_the_bit(

@@ -10,6 +10,8 @@ mod blocked;
 mod neon;
 mod pack;
 mod scalar;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod sve;
 
 use std::ops::Range;
 
@@ -123,6 +125,8 @@ pub(crate) static VARIANTS: &[Variant<Product>] = &[
     Variant { isa: Isa::Avx512, run: avx512::product },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: avx2::product },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::Sve, run: sve::product },
     #[cfg(all(feature = "arm", target_arch = "aarch64"))]
     Variant { isa: Isa::Neon, run: neon::product },
     Variant { isa: Isa::Scalar, run: scalar::product },

@@ -52,7 +52,7 @@ impl Tiles for Neon {
 /// # Safety
 /// As there.
 #[target_feature(enable = "neon")]
-unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32) {
+pub(super) unsafe fn widen<const TYPE: u8>(from: *const u8, groups: usize, to: *mut f32) {
     for k in 0..groups {
         // SAFETY: group `k` exists on both sides.
         unsafe { store16(to.add(k * PANEL), load16::<TYPE>(from, k, k % 2 == 1)) };

@@ -1,13 +1,15 @@
 //! Products of bf16 weights with activations rounded to bf16, for machines with instructions for that: twice the operations of f32 a
-//! cycle, and with tiles sixteen times.
+//! cycle, with products of small matrices four times, and with tiles sixteen times.
 //!
-//! Sums are in f32. The instructions sum pairs in an order of their own and take denormals for zeros, so that variants agree to 1e-5 of
-//! the largest product, not to the bit; a row's result does not depend on the other rows, within a variant.
+//! Sums are in f32. The instructions sum pairs in an order of their own, Arm's round to odd, and all take denormals for zeros, so that
+//! variants agree to 1e-5 of the largest product, not to the bit; a row's result does not depend on the other rows, within a variant.
 
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod amx;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx512;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod bfmmla;
 mod scalar;
 
 use std::ops::Range;
@@ -44,6 +46,8 @@ pub(crate) static VARIANTS: &[Variant<Product>] = &[
     Variant { isa: Isa::Amx, run: amx::product },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx512Bf16, run: avx512::product },
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    Variant { isa: Isa::I8mm, run: bfmmla::product },
     Variant { isa: Isa::Scalar, run: scalar::product },
 ];
 

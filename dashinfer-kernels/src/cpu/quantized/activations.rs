@@ -227,6 +227,10 @@ fn best_rounder() -> Rounder {
     if super::super::isa::Isa::Avx2.is_available() {
         return super::round_avx2::row;
     }
+    #[cfg(all(feature = "arm", target_arch = "aarch64"))]
+    if super::super::isa::Isa::Neon.is_available() {
+        return super::round_neon::row;
+    }
     round_plain
 }
 

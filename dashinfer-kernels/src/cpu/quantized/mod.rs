@@ -22,6 +22,8 @@ mod matrix;
 mod neon;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod round_avx2;
+#[cfg(all(feature = "arm", target_arch = "aarch64"))]
+mod round_neon;
 mod scalar;
 mod stored;
 
@@ -237,7 +239,8 @@ mod tests {
         for scheme in Scheme::ALL {
             let matrix = packed(n, k, scheme, true, 3, &pool);
             let want = product(scalar(), &x[..97 * k], &matrix, &pool);
-            for v in supported(VARIANTS) {
+            // The definition computes each row by itself, and takes its time.
+            for v in supported(VARIANTS).into_iter().filter(|v| v.isa != Isa::Scalar) {
                 let whole = product(v.run, &x, &matrix, &pool);
                 assert_eq!(whole[..want.len()], want, "{:?} {scheme}", v.isa);
                 for row in [0, 95, 96, 150, 202] {
