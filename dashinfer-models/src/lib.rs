@@ -71,4 +71,7 @@ pub use random::RandomWeights;
 pub use rope::{RopeScaling, RopeSpec};
 pub use source::{StoredType, TensorInfo, WeightSource};
 pub use spec::{Attention, Experts, GroupedAttention, LatentAttention, LayerSpec, Mlp, ModelSpec, SharedExpert};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use weight_cache::fuzzing;
 pub use weight_cache::{CacheFault, WeightCache, WeightsFrom};

@@ -8,6 +8,8 @@
 
 mod checksum;
 mod file;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod read;
 mod write;
 

@@ -8,7 +8,7 @@ use minijinja::value::Serde;
 use minijinja::{Environment, Value};
 use serde::{Deserialize, Serialize};
 
-use super::python;
+use super::{bounds, python};
 
 /// One turn of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +107,8 @@ pub enum TemplateError {
 ///
 /// Blocks are trimmed and stripped; there are `raise_exception`, `strftime_now` (in UTC), `tojson` as Python spells it,
 /// Python's methods of strings, lists and dicts, `break` and `continue`. `tools` and `documents` are none.
+///
+/// Rendering ends: a template that loops, or that makes texts and values of sizes out of all proportion to the chat, fails.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -125,8 +127,9 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.expect("the delimiters are the usual ones"));
         python::add_to(&mut environment);
-        environment
-            .add_template_owned(NAME, python::without_generation_blocks(&source.into()))
+        bounds::add_to(&mut environment);
+        bounds::guarded(&python::without_generation_blocks(&source.into()))
+            .and_then(|source| environment.add_template_owned(NAME, source))
             .map_err(|source| TemplateError::Syntax { source: Arc::new(source) })?;
         Ok(Self { environment, special_tokens })
     }
@@ -144,7 +147,11 @@ impl ChatTemplate {
         variables.insert("tools", Value::from(()));
         variables.insert("documents", Value::from(()));
         variables.insert("add_generation_prompt", Value::from(options.add_generation_prompt));
-        self.environment.get_template(NAME).and_then(|template| template.render(Value::from_pairs(variables))).map_err(
+        bounds::RESERVED.iter().for_each(|name| drop(variables.remove(name)));
+        let mut environment = self.environment.clone();
+        let num_bytes = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        environment.set_fuel(Some(bounds::fuel(messages.len(), num_bytes)));
+        environment.get_template(NAME).and_then(|template| template.render(Value::from_pairs(variables))).map_err(
             |source| match python::raised(&source) {
                 Some(message) => TemplateError::Refused { message: message.to_owned() },
                 None => TemplateError::Render { source: Arc::new(source) },

@@ -4,6 +4,7 @@
 //! Sampled tokens come up one by one: [`Detokenizer`] turns them into text that is never cut within a character,
 //! [`StopMatcher`] holds back what may be the beginning of a stop string.
 
+mod bounds;
 mod chat;
 mod config;
 mod detokenizer;

@@ -15,6 +15,9 @@ use super::TokenizerError;
 /// up to some 260,000.
 pub(super) const MAX_IDS: usize = 1 << 22;
 
+/// The most bytes of all tokens' texts, and of one while it is worked out.
+const MAX_BYTES: usize = 256 << 20;
+
 /// How a token joins the text before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -93,9 +96,13 @@ impl Pieces {
             let token = added.simple_id_to_token(id).or_else(|| model.id_to_token(id));
             let special = token.as_ref().is_some_and(|token| added.is_special_token(token));
             let kind = match token {
+                Some(token) if rules.longest(&token) > MAX_BYTES => return Err(too_large()),
                 Some(token) => rules.append(token, &mut pieces.bytes).map_err(unsupported)?,
                 None => Kind::Absent,
             };
+            if pieces.bytes.len() > MAX_BYTES {
+                return Err(too_large());
+            }
             let end = u32::try_from(pieces.bytes.len()).map_err(|_| too_large())?;
             pieces.entries.push(Entry { end, kind, special });
         }
@@ -148,6 +155,14 @@ impl<'a> Rules<'a> {
             }
         }
         Ok(rules)
+    }
+
+    /// The most bytes that `token` can become.
+    fn longest(&self, token: &str) -> usize {
+        let replaced = |len: usize, replacement: &&tokenizers::normalizers::Replace| {
+            len.saturating_add(1).saturating_mul(replacement.content.len().max(1))
+        };
+        self.replacements.iter().fold(token.len(), |len, replacement| len.max(replaced(len, replacement)))
     }
 
     /// Appends what `token` adds to the text.

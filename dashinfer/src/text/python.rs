@@ -6,13 +6,13 @@ use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::{Environment, Error, ErrorKind, State};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
 /// Adds the functions, filters and methods.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(method);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
     environment.add_filter("tojson", tojson);
@@ -20,6 +20,54 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_test("sequence", |value: &Value| {
         matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
     });
+}
+
+/// Python's methods. What they read and make is paid for first, as the engine looks at results alone.
+fn method(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -> Result<Value, Error> {
+    let refused = |message: &str| Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()));
+    let bytes = |value: &Value| value.as_str().map_or(0, str::len) as u64;
+    let given: u64 = arguments.iter().map(bytes).sum();
+    let mut cost = bytes(value) + given;
+    match (value.kind(), method) {
+        (ValueKind::String, "replace") => {
+            let places = match arguments {
+                [old, ..] if bytes(old) > 0 => bytes(value) / bytes(old),
+                _ => bytes(value),
+            };
+            cost = cost.saturating_add((places + 1).saturating_mul(given));
+        }
+        (ValueKind::String, "join") => {
+            // Written by the engine, which pays for all that it writes.
+            let [values] = arguments else { return refused("join wants one list") };
+            let separator = Value::from(value.as_str().unwrap_or_default());
+            return state.apply_filter("join", &[values.clone(), separator]);
+        }
+        (ValueKind::String, "format") => {
+            let format = value.as_str().unwrap_or_default();
+            // Widths and precisions, and they are not what is given: `{:{}}`.
+            let numbers = format.split(|char: char| !char.is_ascii_digit());
+            cost = cost
+                .saturating_add(numbers.filter_map(|number| number.parse::<u64>().ok()).fold(0, u64::saturating_add));
+            if format.split('}').any(|field| field.split_once(':').is_some_and(|(_, form)| form.contains('{'))) {
+                return refused("format takes no fields within fields here");
+            }
+            if arguments.iter().any(|argument| argument.as_object().is_some()) {
+                return refused("format takes no lists and objects here");
+            }
+        }
+        (ValueKind::Seq, "count") => {
+            if arguments.iter().any(|what| what.as_object().is_some()) {
+                return refused("count looks for plain values here");
+            }
+            cost = (value.len().unwrap_or(0) as u64).saturating_mul(64 + given);
+        }
+        (_, "startswith" | "endswith") => {
+            cost += 64 * arguments.first().and_then(Value::len).unwrap_or(0) as u64;
+        }
+        _ => {}
+    }
+    state.consume_fuel(cost / 64)?;
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
 }
 
 /// What a template raised.
@@ -51,7 +99,7 @@ pub(super) fn raised(error: &Error) -> Option<&str> {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)`: Jinja's own filter would escape for HTML.
-fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
+fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     // Deeper than anyone reads: it bounds what a template can ask for.
     const MAX_INDENT: usize = 64;
     for name in ["ensure_ascii", "sort_keys"] {
@@ -73,13 +121,34 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
         }
     };
     let indent = indent.map(|indent| " ".repeat(indent.min(MAX_INDENT)));
-    let mut json = Vec::new();
+    let mut json = Paid { state, bytes: Vec::new() };
     let formatter = Separated { item, key, indent: indent.as_deref(), depth: 0, is_empty: true };
     let failed = |message: String| Error::new(ErrorKind::BadSerialization, message);
     value
         .serialize(&mut serde_json::Serializer::with_formatter(&mut json, formatter))
         .map_err(|error| failed(error.to_string()))?;
-    String::from_utf8(json).map_err(|error| failed(error.to_string()))
+    String::from_utf8(json.bytes).map_err(|error| failed(error.to_string()))
+}
+
+/// JSON as it is written: with every byte, fuel is taken for it, so that a value that repeats itself ends.
+struct Paid<'a, 'b, 'c> {
+    state: &'a State<'b, 'c>,
+    bytes: Vec<u8>,
+}
+
+impl io::Write for Paid<'_, '_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        const BYTES_PER_FUEL: usize = 4;
+        let units = |bytes: usize| (bytes / BYTES_PER_FUEL) as u64;
+        let before = self.bytes.len();
+        self.state.consume_fuel(units(before + bytes.len()) - units(before)).map_err(io::Error::other)?;
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Python's layout: the separators are the caller's, and with an indent each item has a line.

@@ -63,7 +63,7 @@ pub enum TokenizerError {
         supported: &'static str,
     },
     /// The vocabulary has an id that is larger than any sensible vocabulary.
-    #[error("{path} has a token id or text too large, wanted ids below {MAX_IDS} and less than 4 GiB of text")]
+    #[error("{path} has a token id or text too large, wanted ids below {MAX_IDS} and at most 256 MiB of text")]
     TooLarge {
         /// The file.
         path: PathBuf,
@@ -186,9 +186,10 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError::Encode`] if the tokenizer's rules fail on this text.
     pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special == SpecialTokens::With)
+        // It may panic for rules that it has read without complaint.
+        let encode = AssertUnwindSafe(|| self.inner.encode_fast(text, special == SpecialTokens::With));
+        let encoding = catch_unwind(encode)
+            .unwrap_or_else(|_| Err("its rules panicked".into()))
             .map_err(|source| TokenizerError::Encode { num_bytes: text.len(), source: source.into() })?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -225,6 +226,25 @@ impl Tokenizer {
 const TOKENIZER: &str = "tokenizer in the format of Hugging Face `tokenizers`";
 const GGUF_TOKENIZER: &str = "GGUF file with a tokenizer";
 
+/// The most that a tokenizer's rules may make of each byte of a text before it is cut into tokens. Published ones reach 128 as [`growth`]
+/// counts.
+const MAX_GROWTH: usize = 1024;
+
+/// How much longer a step of a tokenizer, and those in it, can make a text, counted generously: some dozens of steps that double it
+/// would take all memory.
+fn growth(step: &Value) -> usize {
+    let len = |key: &str| step.get(key).and_then(Value::as_str).map_or(0, str::len);
+    let own = match step.get("type").and_then(Value::as_str) {
+        Some("Replace") => 1 + len("content"),
+        Some("ByteLevel") => 2,
+        Some("Metaspace") => 3,
+        Some("Precompiled") => 16,
+        _ => 1,
+    };
+    let steps = ["normalizers", "pretokenizers"].into_iter().filter_map(|key| step.get(key)?.as_array()).flatten();
+    steps.map(growth).fold(own, usize::saturating_mul)
+}
+
 /// Reads the text of a `tokenizer.json`; `path` and what was `wanted` there are for errors.
 fn parse(path: &Path, json: &str, wanted: &'static str) -> Result<tokenizers::Tokenizer, TokenizerError> {
     /// The sections whose readers in `tokenizers` panic on what is not even JSON.
@@ -232,12 +252,19 @@ fn parse(path: &Path, json: &str, wanted: &'static str) -> Result<tokenizers::To
     struct Sections {
         #[serde(default, rename = "decoder")]
         _decoder: Value,
-        #[serde(default, rename = "normalizer")]
-        _normalizer: Value,
+        #[serde(default)]
+        normalizer: Value,
+        #[serde(default)]
+        pre_tokenizer: Value,
         #[serde(default, rename = "model")]
         _model: IgnoredAny,
     }
-    serde_json::from_str::<Sections>(json).map_err(|source| parse_error(path, wanted, source))?;
+    let sections: Sections = serde_json::from_str(json).map_err(|source| parse_error(path, wanted, source))?;
+    let growth = growth(&sections.normalizer).saturating_mul(growth(&sections.pre_tokenizer));
+    if growth > MAX_GROWTH {
+        let found = format!("its rules make a text up to {growth} times as long, wanted {MAX_GROWTH} at most");
+        return Err(parse_error(path, wanted, found));
+    }
     // They panic on some contents too, such as a damaged `Precompiled` normalizer.
     catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(json)))
         .unwrap_or_else(|_| Err("its reader panicked".into()))
@@ -412,6 +439,30 @@ pub(super) mod tests {
         assert!(parse(Path::new("tokenizer.json"), &damaged, TOKENIZER).is_err());
     }
 
+    /// Each step is good by itself.
+    #[test]
+    fn rules_that_make_texts_ever_longer_are_refused() {
+        let repeated = |section: &'static str, steps: &'static str, step: Value| {
+            changed("growth", move |folder| {
+                let path = folder.join("tokenizer.json");
+                let mut json: Value = serde_json::from_str(&read(&path).unwrap()).unwrap();
+                json[section] = serde_json::json!({"type": "Sequence", steps: vec![step; 40]});
+                std::fs::write(path, json.to_string()).unwrap();
+            })
+            .unwrap_err()
+        };
+        let replace = serde_json::json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+        let byte_level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        for error in [
+            repeated("normalizer", "normalizers", replace.clone()),
+            repeated("pre_tokenizer", "pretokenizers", byte_level),
+        ] {
+            let source = std::error::Error::source(&error).unwrap().to_string();
+            assert!(source.ends_with("times as long, wanted 1024 at most"), "{source}");
+        }
+        assert!(matches!(repeated("decoder", "decoders", replace), TokenizerError::TooLarge { .. }));
+    }
+
     #[test]
     fn an_unsupported_decoder_is_named() {
         let error = changed("decoder", |folder| {
@@ -433,7 +484,7 @@ pub(super) mod tests {
             std::fs::write(path, json.to_string()).unwrap();
         })
         .unwrap_err();
-        assert!(error.to_string().ends_with("wanted ids below 4194304 and less than 4 GiB of text"), "{error}");
+        assert!(error.to_string().ends_with("wanted ids below 4194304 and at most 256 MiB of text"), "{error}");
     }
 
     #[test]
