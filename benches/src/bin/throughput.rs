@@ -57,6 +57,7 @@ The limit is reading the weights (and, for a decode, the cache) once per step at
 the peak of f32 multiply-adds, whichever takes longer. Both are measured first, with as many threads.
 On the CPU, bytes/token of a decode are those of matrices and panels of experts as they are counted where they are multiplied with, and those of
 the cache; the minimum has the weights that every token needs, the experts that the rows of a step chose, each once, and the cache.
+Of models whose sizes are no multiples of 32 it is too high: it takes what pads experts for weights that every token needs.
 ";
 
 /// Prompts of a prefill: `BxL`.

@@ -154,8 +154,8 @@ impl Unpack for Words<'_> {
         // What is no block of eight by eight.
         let (done, out_left) = (rows.start + whole * 8, whole * 8 * len);
         for (at, col) in cols.enumerate() {
-            if at >= blocks * 8 {
-                self.column(rows.start..done, col, &mut out[at..out_left.max(at)], len);
+            if at >= blocks * 8 && rows.start < done {
+                self.column(rows.start..done, col, &mut out[at..out_left], len);
             }
             if done < rows.end {
                 self.column(done..rows.end, col, &mut out[out_left + at..], len);
