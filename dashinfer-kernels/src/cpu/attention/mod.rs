@@ -45,8 +45,7 @@ const QUERIES_PER_UNIT: usize = 48;
 
 /// Units are cut into runs of ranges when there are fewer than this for each thread, into about as many tasks as this.
 const UNITS_PER_THREAD: usize = 4;
-/// So many that a thread which is held up, or comes late, keeps the others waiting for little.
-const TASKS_PER_THREAD: usize = 16;
+const TASKS_PER_THREAD: usize = 4;
 
 /// Partials of fewer values than this are added up on one thread.
 const PARALLEL_FROM: usize = 1 << 13;
@@ -290,8 +289,6 @@ pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratc
                 let part = |i: usize| unsafe {
                     Partial::of(start.get().add(partial + i * len), queries, width, these.clone())
                 };
-                // Other cores wrote them: all are asked for at once, in place of one after the other.
-                (0..unit.ranges.len()).for_each(|i| part(i).prefetch());
                 let mut sum = part(0);
                 (1..unit.ranges.len()).for_each(|i| sum.add(&part(i)));
                 // SAFETY: no other thread has these queries.

@@ -41,18 +41,6 @@ impl<'a> Partial<'a> {
         }
     }
 
-    /// Asks for it to be brought to this core's cache.
-    pub(super) fn prefetch(&self) {
-        #[cfg(target_arch = "x86_64")]
-        for values in [&*self.max, &*self.sum, &*self.out] {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            for line in values.chunks(64 / size_of::<f32>()) {
-                // SAFETY: a prefetch reads nothing that the program could see, and every x86-64 CPU has it.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-            }
-        }
-    }
-
     pub(super) fn num_queries(&self) -> usize {
         self.max.len()
     }
