@@ -191,7 +191,7 @@ mod tests {
                 };
                 let estimate = MemoryEstimate::new(&spec, &source, dtype, dtype.into(), limits, quantization, &dense);
                 // Two bytes of each parameter; vectors and biases take four.
-                let (found, least) = (estimate.unwrap().weight_bytes, 2 * spec.num_parameters() as u64);
+                let (found, least) = (estimate.unwrap().weight_bytes, 2 * spec.num_parameters());
                 assert!((least..least * 11 / 10).contains(&found), "{name}: {found}, {least}");
             }
             // A scheme that is asked for is what there is to be refused.

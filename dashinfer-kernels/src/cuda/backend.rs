@@ -800,7 +800,7 @@ impl Backend for CudaBackend {
 mod tests {
     use super::super::device::test_device;
     use super::*;
-    use crate::{PagedBatch, RopePairs, SequenceRows};
+    use crate::{CodeBits, CodeLayout, GroupedCodes, PagedBatch, RopePairs, SequenceRows};
 
     const CONTEXTS: [usize; 3] = [70, 1, 300];
     const PARAMS: AttentionParams =
@@ -820,11 +820,46 @@ mod tests {
         batch
     }
 
+    /// Stored codes beside floats, as the decoder gets them: the weights are the nearest of the backend's type, and a scheme is refused.
+    #[test]
+    fn stored_matrices_are_packed_as_their_values() {
+        let Some(device) = test_device() else { return };
+        let (rows, cols) = (40, 96);
+        let layout = CodeLayout { bits: CodeBits::Four, group: Some(32), zero_points: true };
+        let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 7 % 16) as u8).collect();
+        let scales: Vec<f32> = (0..rows * 3).map(|i| 0.01 + i as f32 / 4096.0).collect();
+        let zeros: Vec<u8> = (0..rows * 3).map(|i| (i % 16) as u8).collect();
+        let matrix = GroupedCodes::new([rows, cols], layout, &codes, &scales, &zeros).unwrap();
+        let floats: Vec<u8> = (0..8 * cols).flat_map(|i| (i as f32 / 77.0).to_le_bytes()).collect();
+        let view = MatrixView { bytes: &floats, dtype: DType::F32, rows: 8, cols };
+        let mut values = vec![0.0; (rows + 8) * cols];
+        matrix.values(0..rows, 0..cols, &mut values[..rows * cols]);
+        view.values(0..8, 0..cols, &mut values[rows * cols..]);
+        let parts: [&dyn StoredMatrix; 2] = [&matrix, &view];
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let config = CudaConfig { dtype, deterministic: false };
+            let backend = CudaBackend::new(&CudaDevice(Arc::clone(&device)), &config).unwrap();
+            assert_eq!(backend.dense_only(), Some(dtype));
+            let packed = backend.pack_stored(&parts, Some(&[0.5; 48]), None).unwrap();
+            let mut bytes = vec![0; packed.weight.bytes()];
+            packed.weight.download(0, &mut bytes).unwrap();
+            let want = crate::cpu::to_bytes(&values, dtype);
+            assert!((packed.rows, packed.cols, packed.bias_f32.is_some()) == (48, cols, true));
+            assert!(bytes[..want.len()] == want, "{dtype}");
+            let scheme = Some("a16w4-g32-zp".parse().unwrap());
+            assert!(matches!(backend.pack_stored(&parts, None, scheme), Err(KernelError::Unsupported { .. })));
+            let bias = Some([0.5; 47].as_slice());
+            assert!(matches!(backend.pack_stored(&parts, bias, None), Err(KernelError::Shape { .. })));
+        }
+    }
+
     /// Rotation, storing and attention: as they come, recorded, and replayed; and as a step that attention gets rotated rows of.
     #[test]
     fn a_step_of_decodes_is_the_same_recorded_and_not() {
         let Some(device) = test_device() else { return };
-        for deterministic in [false, true] {
+        // With a cap other kernels are found when the first step is under way.
+        let capped = AttentionParams { soft_cap: Some(2.0), ..PARAMS };
+        for (deterministic, params) in [(false, PARAMS), (true, PARAMS), (false, capped), (true, capped)] {
             let config = CudaConfig { dtype: DType::BF16, deterministic };
             let mut backend = CudaBackend::new(&CudaDevice(Arc::clone(&device)), &config).unwrap();
             let spec = KvCacheSpec {
@@ -849,6 +884,8 @@ mod tests {
                 scale: 1.0,
                 pairs: RopePairs::Halves,
             };
+            let sinks = backend.vector(&[0.5; 14]).unwrap();
+            let sinks = params.soft_cap.is_some().then_some(&sinks);
             let (batch, logit_rows) = (decodes(), [0, 1, 2]);
             let mut run = |may_record| {
                 qkv.buffer.upload(0, &values(4 * COLS)).unwrap();
@@ -858,8 +895,8 @@ mod tests {
                 let mut issue = backend.begin_step(&step, std::slice::from_ref(&rope), &mut cache).unwrap();
                 while issue == Issue::Operators {
                     qkv.rows = backend.current.rows;
-                    backend.rope_and_cache(&mut qkv, &mut cache, 0, &PARAMS, 0, None).unwrap();
-                    backend.attention(&mut out, &qkv, &cache, 0, &PARAMS, None).unwrap();
+                    backend.rope_and_cache(&mut qkv, &mut cache, 0, &params, 0, None).unwrap();
+                    backend.attention(&mut out, &qkv, &cache, 0, &params, sinks).unwrap();
                     issue = backend.end_step(Ok(())).unwrap();
                 }
                 [0, 1, 2].map(|row| backend.read_row(&out, row).unwrap())
