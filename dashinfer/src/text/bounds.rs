@@ -127,7 +127,7 @@ pub(super) fn guarded(source: &str) -> Result<String, Error> {
         out.push_str(text);
         rest = match tag.as_bytes().get(1) {
             Some(b'#') => {
-                let end = tag.find("#}").map_or(tag.len(), |end| end + 2);
+                let end = tag[2..].find("#}").map_or(tag.len(), |end| end + 4);
                 copy(&mut out, tag, end)
             }
             Some(b'%') if tag_name(tag) == "raw" => {
@@ -349,6 +349,7 @@ mod tests {
         check("{% for (a, b) in [c] if d not in (1, 2) %}", "{% for (a, b) in b([c]) if d not in (1, 2) %}");
         check("{% macro m(a=[]) %}{{ 'x\\'[' ~ \"[\" }}", "{% macro m(a=b([])) %}{{ 'x\\'[' ~ \"[\" }}");
         check("{% raw %}{{ [] }}{% endraw %}{# {{ [] }} #}{[]}", "{% raw %}{{ [] }}{% endraw %}{# {{ [] }} #}{[]}");
+        check("{#}{{ [] }}#}{{ [] }}", "{#}{{ [] }}#}{{ b([]) }}");
         check("{% if x is in [1] and [x] %}", "{% if x is in [1] and b([x]) %}");
         check("{{ x is not in [1] }}{{ x not in [1] }}", "{{ x is not in [1] }}{{ x not in [1] }}");
     }

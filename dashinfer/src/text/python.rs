@@ -228,7 +228,8 @@ pub(super) fn without_generation_blocks(template: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        // Behind `{%`: the tag `{%}` has not ended.
+        let Some(end) = tag[2..].find("%}").map(|end| end + 2) else {
             rest = tag;
             break;
         };
@@ -354,5 +355,7 @@ mod tests {
         );
         check("{{ '{%' }}{% generation %}", "{{ '{%' }}{% if true %}");
         check("{% generation", "{% generation");
+        check("{%}a{% generation %}", "{%}a{% if true %}");
+        check("{%}", "{%}");
     }
 }
