@@ -135,8 +135,8 @@ fn squared_errors<const N: usize>(values: &[f32], scales: [half::f16; N], first:
         };
         let (whole, rest) = values.as_chunks::<LANES>();
         for values in whole {
-            for i in 0..LANES {
-                sums[i] += off(values[i]);
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += off(*value);
             }
         }
         for (sum, value) in sums.iter_mut().zip(rest) {
@@ -144,9 +144,9 @@ fn squared_errors<const N: usize>(values: &[f32], scales: [half::f16; N], first:
         }
     }
     let mut totals = [0.0f32; N];
-    for i in 0..LANES {
-        for n in 0..N {
-            totals[n] += sums[n][i];
+    for lane in 0..LANES {
+        for (total, sums) in totals.iter_mut().zip(&sums) {
+            *total += sums[lane];
         }
     }
     totals

@@ -128,7 +128,7 @@ impl Unpack for Words<'_> {
     fn codes(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [u8]) {
         let (len, in_line) = (cols.len(), self.rows.div_ceil(8));
         let words: &[[u8; 4]] = self.qweight.bytes.as_chunks().0;
-        let whole = rows.start.is_multiple_of(8).then_some(rows.len() / 8).unwrap_or(0);
+        let whole = if rows.start.is_multiple_of(8) { rows.len() / 8 } else { 0 };
         let blocks = len / 8;
         // Words of neighbouring features are far apart, and what the next ones wait for is fetched together: so many that they stay in
         // the first cache, whatever their distance.

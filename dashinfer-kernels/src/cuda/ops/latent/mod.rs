@@ -431,6 +431,9 @@ mod tests {
     /// Rows and context of each sequence of a step; the sequences of all steps are the same.
     type Step<'a> = &'a [(usize, usize)];
 
+    /// Fills a tensor of so many rows.
+    type Fill<'a, B> = dyn Fn(&mut <B as Backend>::Tensor, &[f32], usize) + 'a;
+
     impl Case {
         fn new(dtype: DType, [num_heads, rank, nope_dim, rope_dim, v_dim]: [usize; 5]) -> Self {
             // Scores of a few units: a few positions decide.
@@ -465,7 +468,7 @@ mod tests {
             backend: &mut B,
             cache_type: DType,
             steps: &[Step<'_>],
-            fill: &dyn Fn(&mut B::Tensor, &[f32], usize),
+            fill: &Fill<'_, B>,
         ) -> Vec<f32> {
             let p = self.params;
             let pack = |rows: usize, cols: usize, seed| {
@@ -665,7 +668,7 @@ mod tests {
             let params = Case::new(DType::BF16, [num_heads, rank, nope, rope, v]).params;
             let mut attention = LatentAttention::new(&device, DType::BF16, false).unwrap();
             attention.expect(&params).unwrap();
-            let (block_size, of_each) = (32, (context as usize).div_ceil(32));
+            let (block_size, of_each) = (32, usize::div_ceil(context, 32));
             let num_blocks = rows * of_each;
             let mut batch = PagedBatch::default();
             for row in 0..rows {
