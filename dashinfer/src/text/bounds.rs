@@ -9,13 +9,13 @@
 use minijinja::value::{Kwargs, ObjectRepr, Rest, Value};
 use minijinja::{Environment, Error, ErrorKind, State, filters, functions};
 
-/// The deepest that values nest. Schemas of tools reach some 20.
+/// The deepest that values nest, schemas of tools among them.
 const MAX_DEPTH: usize = 64;
-/// The most values in a value, each counted as often as it occurs.
-const MAX_VALUES: u64 = 20_000;
-/// The most tokens of an expression or a tag. Published templates have some 100; at 4000 an unoptimized build overflows 2 MiB.
+/// The most values in a value, each counted as often as it occurs: those of a chat of 40,000 messages.
+const MAX_VALUES: u64 = 200_000;
+/// The most tokens of an expression or a tag; at 4000 an unoptimized build overflows 2 MiB.
 const MAX_TOKENS: usize = 1000;
-/// The most branches of all conditions. Published templates have some 50; each nests in the one before.
+/// The most branches of all conditions; each nests in the one before.
 const MAX_BRANCHES: usize = 250;
 
 /// The names of the calls in the source.
@@ -25,8 +25,8 @@ const FIELD: &str = "__field";
 /// Names that variables of a template must not have.
 pub(super) const RESERVED: [&str; 2] = [BOUNDED, FIELD];
 
-/// Fuel for the rendering of `num_messages` messages with texts of `num_bytes` bytes: far more than published templates use, and less
-/// than a minute of any. A unit is an instruction, or 64 bytes of a value.
+/// Fuel for the rendering of `num_messages` messages with texts of `num_bytes` bytes: far more than templates have use for. A unit is an
+/// instruction, or 64 bytes of a value.
 pub(super) fn fuel(num_messages: usize, num_bytes: usize) -> u64 {
     1_000_000 + 20_000 * num_messages as u64 + 16 * num_bytes as u64
 }
@@ -399,11 +399,11 @@ mod tests {
             check_error(&repeated(&format!("{{% set n.x = {value} %}}")), "nests deeper than 64");
         }
         for value in ["[n.x, n.x]", "{1: n.x, 2: n.x}", "[n.x, n.x] | list", "[[n.x]] * 2"] {
-            check_error(&repeated(&format!("{{% set n.x = {value} %}}")), "more than 20000 in it");
+            check_error(&repeated(&format!("{{% set n.x = {value} %}}")), "more than 200000 in it");
         }
         let doubled = "{% set x = [x, x] %}".repeat(60);
-        check_error(&format!("{doubled}{{{{ x }}}}"), "more than 20000 in it");
-        check_error("{% macro m(x) %}{{ m([x, x]) }}{% endmacro %}{{ m(1) }}", "more than 20000 in it");
+        check_error(&format!("{doubled}{{{{ x }}}}"), "more than 200000 in it");
+        check_error("{% macro m(x) %}{{ m([x, x]) }}{% endmacro %}{{ m(1) }}", "more than 200000 in it");
         for value in ["n", "[n]", "namespace(a=n)"] {
             check_error(&format!("{{% set n = namespace() %}}{{% set n.x = {value} %}}{{{{ n }}}}"), "cannot be kept");
         }
