@@ -402,11 +402,7 @@ fn quantize_groups<const N: usize>(
     (scales, zeros): (&mut [u16], &mut [u8]),
 ) {
     for (at, (values, codes)) in values.iter().zip(codes).enumerate() {
-        let params = quantize_group(values, codes, scheme);
-        scales[at * PANEL] = params.scale.to_bits();
-        if scheme.has_zero_points() {
-            zeros[at * PANEL] = params.zero;
-        }
+        quantize_group(values, codes, scheme, at, (scales, zeros));
     }
 }
 
@@ -420,20 +416,27 @@ fn quantize_row(
     (scales, zeros): (&mut [u16], &mut [u8]),
 ) {
     for (at, (values, codes)) in values.chunks(group).zip(codes.chunks_mut(group)).enumerate() {
-        let params = quantize_group(values, codes, scheme);
-        scales[at * PANEL] = params.scale.to_bits();
-        if scheme.has_zero_points() {
-            zeros[at * PANEL] = params.zero;
-        }
+        quantize_group(values, codes, scheme, at, (scales, zeros));
     }
 }
 
+/// Group `at` of a row.
 #[inline(always)]
-fn quantize_group(values: &[f32], codes: &mut [u8], scheme: Scheme) -> GroupParams {
-    match (scheme.weight_bits(), scheme.has_zero_points()) {
+fn quantize_group(
+    values: &[f32],
+    codes: &mut [u8],
+    scheme: Scheme,
+    at: usize,
+    (scales, zeros): (&mut [u16], &mut [u8]),
+) {
+    let params = match (scheme.weight_bits(), scheme.has_zero_points()) {
         (WeightBits::Eight, _) => int8::quantize(values, codes),
         (WeightBits::Four, false) => int4::quantize(values, codes),
         (WeightBits::Four, true) => int4::quantize_with_zero(values, codes),
+    };
+    scales[at * PANEL] = params.scale.to_bits();
+    if scheme.has_zero_points() {
+        zeros[at * PANEL] = params.zero;
     }
 }
 
