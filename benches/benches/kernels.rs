@@ -2,7 +2,7 @@
 //!
 //! Criterion's groups are named `op/dtype/shape`; a table of all that was measured follows them. Each call works on other
 //! memory than the calls before it, and all of it together is larger than the caches, because that is how a model's
-//! layers find it. Threads: one for each core, or `BENCH_THREADS`.
+//! layers find it. Threads: one for each core, or `BENCH_THREADS`; kernels: the best of the machine, or those of `BENCH_ISA`.
 
 #![allow(missing_docs, reason = "a program")]
 #![expect(clippy::print_stdout, reason = "what it measures is its output")]
@@ -56,7 +56,9 @@ impl Kernels {
     fn new() -> Self {
         let threads = std::env::var("BENCH_THREADS").ok().and_then(|threads| threads.parse().ok());
         let pool = PoolConfig { threads, cores: Vec::new() };
-        let backend = CpuBackend::new(&CpuConfig { pool, ..CpuConfig::default() }).expect("threads start");
+        let isa = std::env::var("BENCH_ISA").ok();
+        let isa = isa.map(|name| Isa::ALL.into_iter().find(|isa| isa.name() == name).expect("an instruction set"));
+        let backend = CpuBackend::new(&CpuConfig { pool, isa, ..CpuConfig::default() }).expect("threads start");
         let limits = Limits::measure(backend.pool().num_threads(), Isa::best());
         let criterion = Criterion::default()
             .sample_size(10)

@@ -69,9 +69,20 @@ impl TileConfig {
     const fn block(first: usize, second: usize) -> Self {
         assert!(first >= 1 && first <= ROWS && second >= 1 && second <= ROWS, "a tile has 1 to 16 rows");
         let (a, b) = (first as u8, second as u8);
+        Self::of([a, a, b, b, a, b, ROWS as u8, ROWS as u8])
+    }
+
+    /// Tiles for one by four: sums in 0 to 3, `rows` of `x` in 4, and the right side in 5 to 7.
+    const fn four(rows: usize) -> Self {
+        assert!(rows >= 1 && rows <= ROWS, "a tile has 1 to 16 rows");
+        let (x, right) = (rows as u8, ROWS as u8);
+        Self::of([x, x, x, x, x, right, right, right])
+    }
+
+    /// Tiles of whole rows.
+    const fn of(shapes: [u8; 8]) -> Self {
         let mut rows = [0; 16];
         let mut row_bytes = [0; 16];
-        let shapes = [a, a, b, b, a, b, ROWS as u8, ROWS as u8];
         let mut tile = 0;
         while tile < shapes.len() {
             rows[tile] = shapes[tile];
@@ -224,6 +235,109 @@ block!(
     /// Adds the products of bf16, two to an f32 sum.
     multiply_bf16, f32, "tdpbf16ps"
 );
+
+/// One step of [`multiply_four`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Step {
+    /// Where the tile of `x` is, in bytes from its first.
+    pub(crate) x: usize,
+    /// Four tiles of the right side, each 1024 bytes in a row.
+    pub(crate) right: [*const u8; 4],
+    /// Where there is something that will be read soon, counted from `right`.
+    pub(crate) ahead: isize,
+}
+
+/// Fetches 1024 bytes.
+macro_rules! fetch_tile {
+    () => {
+        fetch_tile!("0", "64", "128", "192", "256", "320", "384", "448", "512", "576", "640", "704", "768",
+            "832", "896", "960")
+    };
+    ($($at:literal),+) => {
+        concat!($("prefetcht0 [{right} + {ahead} + ", $at, "]\n"),+)
+    };
+}
+
+/// Sets four tiles of sums to those of the products of bf16, two to an f32 sum, of one tile of `x` with four of the right side in each step.
+///
+/// # Safety
+/// [`is_available`] was true, and [`with_four`] has set up this thread's tiles. As many rows as that says can be read from each step's tile
+/// of `x`, `x_stride` bytes apart, and the tiles of the right side.
+pub(crate) unsafe fn multiply_four(steps: &[Step], x: *const u8, x_stride: usize, sums: &mut [[[f32; 16]; ROWS]; 4]) {
+    const {
+        assert!(
+            size_of::<Step>() == 48
+                && std::mem::offset_of!(Step, right) == 8
+                && std::mem::offset_of!(Step, ahead) == 40
+        )
+    };
+    // SAFETY: the caller's promise; `sums` holds four tiles of 1024 bytes; fetching ahead touches nothing.
+    unsafe {
+        std::arch::asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "test {count}, {count}",
+            "jz 3f",
+            "2:",
+            "mov {right}, [{steps}]",
+            "add {right}, {x}",
+            "tileloadd tmm4, [{right} + {stride}*1]",
+            "mov {ahead}, [{steps} + 40]",
+            "mov {right}, [{steps} + 8]",
+            "tileloadd tmm5, [{right} + {row}*1]",
+            fetch_tile!(),
+            "tdpbf16ps tmm0, tmm4, tmm5",
+            "mov {right}, [{steps} + 16]",
+            "tileloadd tmm6, [{right} + {row}*1]",
+            fetch_tile!(),
+            "tdpbf16ps tmm1, tmm4, tmm6",
+            "mov {right}, [{steps} + 24]",
+            "tileloadd tmm7, [{right} + {row}*1]",
+            fetch_tile!(),
+            "tdpbf16ps tmm2, tmm4, tmm7",
+            "mov {right}, [{steps} + 32]",
+            "tileloadd tmm5, [{right} + {row}*1]",
+            fetch_tile!(),
+            "tdpbf16ps tmm3, tmm4, tmm5",
+            "add {steps}, 48",
+            "dec {count}",
+            "jnz 2b",
+            "3:",
+            "tilestored [{sums} + {row}*1], tmm0",
+            "tilestored [{sums} + {row}*1 + 1024], tmm1",
+            "tilestored [{sums} + {row}*1 + 2048], tmm2",
+            "tilestored [{sums} + {row}*1 + 3072], tmm3",
+            steps = inout(reg) steps.as_ptr() => _,
+            count = inout(reg) steps.len() => _,
+            right = out(reg) _,
+            ahead = out(reg) _,
+            x = in(reg) x,
+            stride = in(reg) x_stride,
+            row = in(reg) ROW_BYTES,
+            sums = in(reg) sums.as_mut_ptr(),
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// Calls `run` with this thread's tiles set up for [`multiply_four`], and 1 to 16 rows of `x`.
+///
+/// # Safety
+/// [`is_available`] was true.
+pub(crate) unsafe fn with_four<T>(rows: usize, run: impl FnOnce() -> T) -> T {
+    // SAFETY: the caller's promise. Should `run` panic, the tiles stay set up, which costs the system a little time.
+    unsafe {
+        TileConfig::four(rows).load();
+        let result = run();
+        release();
+        result
+    }
+}
 
 /// A block of [`for_blocks`].
 #[derive(Debug, Clone)]

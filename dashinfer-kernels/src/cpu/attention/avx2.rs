@@ -83,17 +83,34 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
                 }
             }
         }
-        for segment in segments {
-            for k in 0..segment.steps {
+        /// Step `k` of a segment; `second`: of two steps that share their place.
+        macro_rules! step {
+            ($segment:ident, $k:expr, $second:literal) => {
                 for g in 0..GROUPS {
-                    let at = segment.b[g].add(step_bytes(ELEMENT, k));
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(segment.ahead).cast());
-                    let [low, high] = load16::<ELEMENT>(at);
+                    let at = $segment.b[g].add(step_bytes(ELEMENT, $k));
+                    if ELEMENT != BF16 || !$second {
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset($segment.ahead).cast());
+                    }
+                    let [low, high] = load16::<ELEMENT, $second>(at);
                     for (i, sums) in sums.iter_mut().enumerate() {
-                        let a = _mm256_broadcast_ss(&*a.add(i * a_stride + k));
+                        let a = _mm256_broadcast_ss(&*a.add(i * a_stride + $k));
                         sums[g][0] = _mm256_fmadd_ps(a, low, sums[g][0]);
                         sums[g][1] = _mm256_fmadd_ps(a, high, sums[g][1]);
                     }
+                }
+            };
+        }
+        for segment in segments {
+            for k in (0..segment.steps / 2 * 2).step_by(2) {
+                step!(segment, k, false);
+                step!(segment, k + 1, true);
+            }
+            if segment.steps % 2 == 1 {
+                let k = segment.steps - 1;
+                if segment.second {
+                    step!(segment, k, true);
+                } else {
+                    step!(segment, k, false);
                 }
             }
             a = a.add(segment.steps);
@@ -124,7 +141,8 @@ unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
             if ELEMENT == F32 {
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + 64).cast());
             }
-            let [first, second] = [load16::<ELEMENT>(at), load16::<ELEMENT>(at.add(step_bytes(ELEMENT, 1)))];
+            let [first, second] =
+                [load16::<ELEMENT, false>(at), load16::<ELEMENT, true>(at.add(step_bytes(ELEMENT, 1)))];
             for half in 0..2 {
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let a = _mm256_loadu_ps(a.add(i * a_stride + g * 16 + half * 8));
@@ -141,24 +159,24 @@ unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
     }
 }
 
-/// 16 elements as f32.
+/// 16 elements as f32; `SECOND`: of the second of two steps that share their place.
 ///
 /// # Safety
 /// They must be readable.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn load16<const ELEMENT: u8>(from: *const u8) -> [__m256; 2] {
-    // SAFETY: the caller's promise; 16 elements are 64 bytes of f32, 32 of f16 and bf16, 16 of int8 and 8 of uint4.
+unsafe fn load16<const ELEMENT: u8, const SECOND: bool>(from: *const u8) -> [__m256; 2] {
+    // SAFETY: the caller's promise; 16 elements are 64 bytes of f32, and of bf16 with another step's, 32 of f16, 16 of int8 and 8 of uint4.
     unsafe {
         match ELEMENT {
             F32 => [_mm256_loadu_ps(from.cast()), _mm256_loadu_ps(from.cast::<f32>().add(8))],
             F16 => [0, 1].map(|half| _mm256_cvtph_ps(_mm_loadu_si128(from.cast::<__m128i>().add(half)))),
-            BF16 => {
-                let pairs = _mm256_loadu_si256(from.cast());
-                let low = _mm256_slli_epi32::<16>(pairs);
-                let high = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
-                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
-            }
+            BF16 => [0, 1].map(|half| {
+                let pairs = _mm256_loadu_si256(from.cast::<__m256i>().add(half));
+                let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+                let bits = if SECOND { _mm256_and_si256(pairs, upper) } else { _mm256_slli_epi32::<16>(pairs) };
+                _mm256_castsi256_ps(bits)
+            }),
             INT8 => [0, 8].map(|half| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(half).cast())))),
             _ => {
                 let pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));

@@ -103,19 +103,36 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
                 }
             }
         }
-        for segment in segments {
-            for k in 0..segment.steps {
+        /// Step `k` of a segment; `second`: of two steps that share their place.
+        macro_rules! step {
+            ($segment:ident, $k:expr, $second:literal) => {
                 let mut b = [_mm512_setzero_ps(); GROUPS];
-                for (b, from) in b.iter_mut().zip(segment.b) {
-                    let at = from.add(step_bytes(ELEMENT, k));
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(segment.ahead).cast());
-                    *b = load16::<ELEMENT>(at);
+                for (b, from) in b.iter_mut().zip($segment.b) {
+                    let at = from.add(step_bytes(ELEMENT, $k));
+                    if ELEMENT != BF16 || !$second {
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset($segment.ahead).cast());
+                    }
+                    *b = load16::<ELEMENT, $second>(at);
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let a = _mm512_set1_ps(*a.add(i * a_stride + k));
+                    let a = _mm512_set1_ps(*a.add(i * a_stride + $k));
                     for (sum, b) in sums.iter_mut().zip(b) {
                         *sum = _mm512_fmadd_ps(a, b, *sum);
                     }
+                }
+            };
+        }
+        for segment in segments {
+            for k in (0..segment.steps / 2 * 2).step_by(2) {
+                step!(segment, k, false);
+                step!(segment, k + 1, true);
+            }
+            if segment.steps % 2 == 1 {
+                let k = segment.steps - 1;
+                if segment.second {
+                    step!(segment, k, true);
+                } else {
+                    step!(segment, k, false);
                 }
             }
             a = a.add(segment.steps);
@@ -147,7 +164,14 @@ unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + 192).cast());
             }
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(ahead + step_bytes(ELEMENT, 2).cast_signed()).cast());
-            let b = [0, 1, 2, 3].map(|p| load16::<ELEMENT>(at.add(step_bytes(ELEMENT, p))));
+            let [first, third] = [at, at.add(step_bytes(ELEMENT, 2))];
+            let [second, fourth] = [first, third].map(|at| at.add(step_bytes(ELEMENT, 1)));
+            let b = [
+                load16::<ELEMENT, false>(first),
+                load16::<ELEMENT, true>(second),
+                load16::<ELEMENT, false>(third),
+                load16::<ELEMENT, true>(fourth),
+            ];
             for (i, sums) in sums.iter_mut().enumerate() {
                 let a = _mm512_loadu_ps(a.add(i * a_stride + g * 16));
                 for (sum, b) in sums.iter_mut().zip(b) {
@@ -163,26 +187,23 @@ unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
     }
 }
 
-/// 16 elements as f32.
+/// 16 elements as f32; `SECOND`: of the second of two steps that share their place.
 ///
 /// # Safety
 /// They must be readable.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn load16<const ELEMENT: u8>(from: *const u8) -> __m512 {
-    // SAFETY: the caller's promise; 16 elements are 64 bytes of f32, 32 of f16 and bf16, 16 of int8 and 8 of uint4.
+unsafe fn load16<const ELEMENT: u8, const SECOND: bool>(from: *const u8) -> __m512 {
+    // SAFETY: the caller's promise; 16 elements are 64 bytes of f32, and of bf16 with another step's, 32 of f16, 16 of int8 and 8 of uint4.
     unsafe {
         match ELEMENT {
             F32 => _mm512_loadu_ps(from.cast()),
             F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
             BF16 => {
-                // Element `j` stands at `2 j`, element `j + 8` at `2 j + 1`; each goes to the upper half of word `j`.
-                let order = _mm512_set_epi16(
-                    15, 0, 13, 0, 11, 0, 9, 0, 7, 0, 5, 0, 3, 0, 1, 0, 14, 0, 12, 0, 10, 0, 8, 0, 6, 0, 4, 0, 2, 0, 0,
-                    0,
-                );
-                let pairs = _mm512_castsi256_si512(_mm256_loadu_si256(from.cast()));
-                _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, order, pairs))
+                let pairs = _mm512_loadu_si512(from.cast());
+                let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+                let bits = if SECOND { _mm512_and_si512(pairs, upper) } else { _mm512_slli_epi32::<16>(pairs) };
+                _mm512_castsi512_ps(bits)
             }
             INT8 => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))),
             _ => {

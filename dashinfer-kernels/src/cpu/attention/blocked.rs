@@ -13,22 +13,26 @@ use crate::CacheType;
 /// Element types of the right side of a product.
 pub(super) const F32: u8 = 0;
 pub(super) const F16: u8 = 1;
-/// Element `j` of a group beside `j + 8`.
+/// Two steps beside each other: element `j` of the first, then of the second.
 pub(super) const BF16: u8 = 2;
 pub(super) const INT8: u8 = 3;
 /// Byte `j` of a group is element `j`, and `j + 8` in the upper four bits.
 pub(super) const UINT4: u8 = 4;
 
-/// Where step `k` of the groups at `b` starts.
+/// Where step `k` of a group starts; of two steps that share their place, both do. As far as a group of `k` steps reaches, if `k` is even.
 #[inline(always)]
 pub(super) const fn step_bytes(element: u8, k: usize) -> usize {
     match element {
         F32 => k * GROUP * 4,
-        F16 | BF16 => k * GROUP * 2,
+        F16 => k * GROUP * 2,
+        BF16 => k / 2 * GROUP * 4,
         INT8 => k * GROUP,
         _ => k * GROUP / 2,
     }
 }
+
+/// Segments of a range's values.
+const MOST_SEGMENTS: usize = RANGE / GROUP + 2;
 
 /// Some steps of a product that are neighbours in the cache.
 #[derive(Clone, Copy)]
@@ -36,6 +40,8 @@ pub(super) struct Segment {
     /// The first and the second group of columns. Readable for `steps` steps each, the second only if it is used.
     pub(super) b: [*const u8; 2],
     pub(super) steps: usize,
+    /// Whether it is the second of two steps that share their place, and nothing more.
+    pub(super) second: bool,
     /// Where, counted from what is read, there is something that will be read soon.
     pub(super) ahead: isize,
 }
@@ -234,7 +240,7 @@ fn read_scales<'a>(span: &Span<'_>, seen: Range<usize>, memory: &'a mut [f32]) -
 }
 
 /// Calls `run(block, offset in the block, positions of the range)` for the blocks that hold `seen`.
-fn for_blocks(span: &Span<'_>, seen: Range<usize>, mut run: impl FnMut(usize, usize, Range<usize>)) {
+pub(super) fn for_blocks(span: &Span<'_>, seen: Range<usize>, mut run: impl FnMut(usize, usize, Range<usize>)) {
     let block_size = span.work.cache.spec().block_size;
     let mut at = seen.start;
     while at < seen.end {
@@ -265,7 +271,7 @@ unsafe fn score_keys<T: Tiles, const KEY: u8>(span: &Span<'_>, seen: Range<usize
     let mut at = seen.start / GROUP * GROUP;
     while at < seen.end {
         let (keys, ahead) = tile(at);
-        let mut segment = Segment { b: [keys, keys], steps: width, ahead };
+        let mut segment = Segment { b: [keys, keys], steps: width, second: false, ahead };
         let two = at + GROUP < seen.end;
         if two {
             segment.b[1] = tile(at + GROUP).0;
@@ -352,15 +358,25 @@ unsafe fn add_values<T: Tiles, const VALUE: u8>(
     let Span { work, unit, .. } = *span;
     let (width, block_size) = (work.cache.value_width(), work.cache.spec().block_size);
     let group_bytes = step_bytes(VALUE, block_size);
-    let nothing = Segment { b: [std::ptr::null(); 2], steps: 0, ahead: 0 };
-    // A block has at least 16 positions; the first and the last may be seen in part.
-    let (mut segments, mut num_segments) = ([nothing; RANGE / GROUP + 1], 0);
+    let nothing = Segment { b: [std::ptr::null(); 2], steps: 0, second: false, ahead: 0 };
+    // A block has at least 16 positions; the first and the last may be seen in part, and the first from the second of two steps on.
+    let (mut segments, mut num_segments) = ([nothing; MOST_SEGMENTS], 0);
     for_blocks(span, seen.clone(), |block, offset, positions| {
         let values = work.cache.run(work.layer, Side::Values, block, unit.kv_head).codes;
-        let start = values[step_bytes(VALUE, offset)..].as_ptr();
-        segments[num_segments] =
-            Segment { b: [start; 2], steps: positions.len(), ahead: ahead(span, positions.start, values) };
-        num_segments += 1;
+        let ahead = ahead(span, positions.start, values);
+        let mut add = |from: usize, steps, second| {
+            let start = values[step_bytes(VALUE, from)..].as_ptr();
+            segments[num_segments] = Segment { b: [start; 2], steps, second, ahead };
+            num_segments += 1;
+        };
+        let (mut from, mut steps) = (offset, positions.len());
+        if VALUE == BF16 && from % 2 == 1 {
+            add(from, 1, true);
+            (from, steps) = (from + 1, steps - 1);
+        }
+        if steps > 0 {
+            add(from, steps, false);
+        }
     });
     let segments = &mut segments[..num_segments];
     let mut column = 0;
@@ -382,7 +398,7 @@ unsafe fn add_values<T: Tiles, const VALUE: u8>(
                 } else {
                     T::product::<VALUE>(rows, 1, &product);
                     if two {
-                        let mut second = [nothing; RANGE / GROUP + 1];
+                        let mut second = [nothing; MOST_SEGMENTS];
                         for (second, segment) in second.iter_mut().zip(&*segments) {
                             *second = Segment { b: [segment.b[1]; 2], ..*segment };
                         }

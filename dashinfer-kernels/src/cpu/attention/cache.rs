@@ -10,8 +10,9 @@
 //! scores are sums over the 16 of a group, too. `D` is padded with zeros to whole groups; quantized types have the scales of the
 //! `B` tokens behind (and then, if there are any, the offsets).
 //!
-//! Within a group, bf16 has element `j` beside `j + 8`, and one shift or mask of eight words widens eight neighbours; so has
-//! uint4. Threads write tokens: the two features of a value that share a byte are of one token.
+//! In bf16, two steps share a row of 64 bytes: `[steps / 2][16][2]`. One shift or mask of its words widens 16 neighbours of one of them, and
+//! the tiles of AMX, which sum pairs, take rows as they are. In uint4, element `j` of a group is beside `j + 8`; threads write tokens, and
+//! the two features of a value that share a byte are of one token.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -153,12 +154,16 @@ impl CpuKvCache {
     /// Where feature `i` of the token at `offset` in its block stands among the elements of its run.
     fn index(&self, side: Side, i: usize, offset: usize) -> usize {
         let (width, block_size) = (self.width(), self.spec.block_size);
-        let (group, j) = match side {
-            Side::Keys => (offset / GROUP * width + i, offset % GROUP),
-            Side::Values => (i / GROUP * block_size + offset, i % GROUP),
+        let (steps, group, step, j) = match side {
+            Side::Keys => (width, offset / GROUP, i, offset % GROUP),
+            Side::Values => (block_size, i / GROUP, offset, i % GROUP),
         };
-        let paired = matches!(Element::of(self.spec.cache_type, side), Element::Float(DType::BF16) | Element::Uint4);
-        group * GROUP + if paired { j % 8 * 2 + j / 8 } else { j }
+        let in_group = match Element::of(self.spec.cache_type, side) {
+            Element::Float(DType::BF16) => step / 2 * 2 * GROUP + 2 * j + step % 2,
+            Element::Uint4 => step * GROUP + j % 8 * 2 + j / 8,
+            _ => step * GROUP + j,
+        };
+        group * steps * GROUP + in_group
     }
 
     /// Feature `i` of the token at `offset` in a block; a value of uint4 is rotated.
@@ -256,13 +261,24 @@ impl CacheWriter<'_> {
     unsafe fn store_side(&self, run: *mut u8, side: Side, offset: usize, values: &[f32]) {
         let cache = self.cache;
         let (b, code_bytes) = (cache.spec.block_size, cache.code_bytes(side));
-        // `cache.index(side, i, offset)`, in steps: features of a key are a group apart, those of a value are neighbours in groups.
+        // `cache.index(side, i, offset)`: features of a key are steps, those of a value are neighbours in groups.
         let first = cache.index(side, 0, offset);
-        let paired = cache.index(Side::Values, 1, 0) == 2;
+        let element = Element::of(cache.spec.cache_type, side);
+        let two_steps = element == Element::Float(DType::BF16);
         let indexed = values.iter().enumerate().map(|(i, x)| {
             let j = i % GROUP;
-            let in_group = if paired { j % 8 * 2 + j / 8 } else { j };
-            let step = if side == Side::Keys { i * GROUP } else { i / GROUP * b * GROUP + in_group };
+            let step = match side {
+                Side::Keys if two_steps => i / 2 * 2 * GROUP + i % 2,
+                Side::Keys => i * GROUP,
+                Side::Values => {
+                    let in_group = match element {
+                        Element::Uint4 => j % 8 * 2 + j / 8,
+                        _ if two_steps => 2 * j,
+                        _ => j,
+                    };
+                    i / GROUP * b * GROUP + in_group
+                }
+            };
             (first + step, *x)
         });
         // SAFETY: elements `cache.index(..)` lie within the codes of the run, and one scale (and offset) for each of `b` tokens
@@ -270,7 +286,7 @@ impl CacheWriter<'_> {
         // each type is aligned.
         unsafe {
             let scales = run.add(code_bytes);
-            match Element::of(cache.spec.cache_type, side) {
+            match element {
                 Element::Float(DType::F32) => indexed.for_each(|(at, x)| run.cast::<f32>().add(at).write(x)),
                 Element::Float(DType::F16) => {
                     indexed.for_each(|(at, x)| run.cast::<f16>().add(at).write(f16::from_f32(x)))

@@ -9,6 +9,8 @@
 //! once more, into runs of ranges.
 
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod amx;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx512;
@@ -45,7 +47,7 @@ const QUERIES_PER_UNIT: usize = 48;
 
 /// Units are cut into runs of ranges when there are fewer than this for each thread, into about as many tasks as this.
 const UNITS_PER_THREAD: usize = 4;
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
 
 /// Partials of fewer values than this are added up on one thread.
 const PARALLEL_FROM: usize = 1 << 13;
@@ -186,6 +188,8 @@ pub(crate) type AttentionRange = unsafe fn(&Span<'_>, &mut Vec<f32>, &mut Partia
 
 pub(crate) static VARIANTS: &[Variant<AttentionRange>] = &[
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    Variant { isa: Isa::Amx, run: amx::range },
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx512, run: avx512::range },
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     Variant { isa: Isa::Avx2, run: avx2::range },
@@ -273,11 +277,13 @@ pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratc
             unsafe { variant(&span, &mut scratch.range, &mut Partial::new(range, queries)) };
         }
     });
-    // The tasks of a unit follow each other, and so do their partials. Queries are added up apart from each other, so threads share them.
+    // The tasks of a unit follow each other, and so do their partials. Queries are added up apart from each other, so threads share them;
+    // each adds in memory of its own, as what queries have in `partials` shares cache lines.
     let total: usize = units.iter().map(|unit| work.num_queries(unit)).sum();
     let per_task = if len < PARALLEL_FROM { total } else { total.div_ceil(2 * pool.num_threads()) };
-    pool.run(total.div_ceil(per_task), &|task, _| {
+    pool.run(total.div_ceil(per_task), &|task, worker| {
         let wanted = task * per_task..total.min((task + 1) * per_task);
+        let memory = &mut scratch_of(worker).partials;
         let (mut first, mut partial) = (0, 0);
         for unit in units {
             let queries = work.num_queries(unit);
@@ -285,12 +291,15 @@ pub(crate) fn run(variant: AttentionRange, work: &Work<'_>, scratch: &mut Scratc
             let (from, to) = (wanted.start.max(first), wanted.end.min(first + queries));
             if from < to {
                 let these = from - first..to - first;
+                memory.resize(Partial::len(these.len(), width), 0.0);
+                let mut sum = Partial::new(memory, these.len());
+                sum.clear();
                 // SAFETY: the partials of the unit's ranges were written by the tasks before, and no other thread has these queries.
                 let part = |i: usize| unsafe {
                     Partial::of(start.get().add(partial + i * len), queries, width, these.clone())
                 };
-                let mut sum = part(0);
-                (1..unit.ranges.len()).for_each(|i| sum.add(&part(i)));
+                (0..unit.ranges.len()).for_each(|i| part(i).fetch());
+                (0..unit.ranges.len()).for_each(|i| sum.add(&part(i)));
                 // SAFETY: no other thread has these queries.
                 unsafe { work.store(unit, these, &mut sum) };
             }
@@ -499,8 +508,11 @@ mod tests {
     #[test]
     fn published_head_sizes_agree_with_scalar() {
         let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
-        for (head_dim, group) in [(64, 7), (80, 1), (96, 4), (128, 6), (192, 2), (256, 16)] {
-            let case = Case::new(params(1, group, head_dim, None), 32, CacheType::F32, &[(130, 3), (65, 1)], 7);
+        let sizes = [(64, 7), (80, 1), (96, 4), (128, 6), (192, 2), (256, 16)];
+        for ((head_dim, group), cache_type) in
+            sizes.into_iter().flat_map(|size| [(size, CacheType::F32), (size, CacheType::BF16)])
+        {
+            let case = Case::new(params(1, group, head_dim, None), 32, cache_type, &[(130, 3), (65, 1)], 7);
             let want = case.run(scalar::range, &pool);
             for v in supported(VARIANTS) {
                 for (out, want) in case.run(v.run, &pool).iter().zip(&want) {
@@ -544,6 +556,29 @@ mod tests {
                             assert_eq!(found, want, "{:?}, {cache_type}, {rows} from {position}", v.isa);
                         }
                     }
+                }
+            }
+        }
+    }
+
+    /// What a request left in a block, or has not yet written there, is nothing to another.
+    #[test]
+    fn what_no_row_sees_may_be_anything() {
+        let pool = ThreadPool::new(&PoolConfig::default()).unwrap();
+        // (context, rows, window): an odd end, and an odd first position.
+        for (context, rows, window) in [(37, 1, None), (301, 3, None), (300, 1, Some(77)), (290, 2, Some(20))] {
+            for cache_type in [CacheType::F32, CacheType::F16, CacheType::BF16] {
+                let mut case = Case::new(params(1, 3, 24, window), 32, cache_type, &[(context, rows)], 13);
+                let want: Vec<_> = supported(VARIANTS).iter().map(|v| case.run(v.run, &pool)).collect();
+                let first = window.map_or(0, |window| context + 1 - rows - window);
+                let writer = case.cache.writer();
+                for position in (0..first).chain(context..context.next_multiple_of(32)) {
+                    let slot = case.batch.block_table[position / 32] as usize * 32 + position % 32;
+                    // SAFETY: one thread; slot and head exist.
+                    unsafe { writer.store(1, slot, 0, &[f32::NAN; 24], &[f32::NAN; 24]) };
+                }
+                for (v, want) in supported(VARIANTS).iter().zip(&want) {
+                    assert_eq!(&case.run(v.run, &pool), want, "{:?}, {cache_type}, {context}, {window:?}", v.isa);
                 }
             }
         }

@@ -83,7 +83,7 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
         if add {
             for (i, sums) in sums.iter_mut().enumerate() {
                 for (g, sums) in sums.iter_mut().enumerate() {
-                    *sums = load16::<F32>(out.add(i * out_stride + g * 16).cast());
+                    *sums = load16::<F32, false>(out.add(i * out_stride + g * 16).cast());
                 }
             }
         }
@@ -99,17 +99,21 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
                 for (i, a4) in a4.iter_mut().enumerate() {
                     *a4 = vld1q_f32(a.add(i * a_stride + k));
                 }
-                step::<ELEMENT, 0, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k);
-                step::<ELEMENT, 1, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k + 1);
-                step::<ELEMENT, 2, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k + 2);
-                step::<ELEMENT, 3, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k + 3);
+                step::<ELEMENT, 0, false, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k);
+                step::<ELEMENT, 1, true, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k + 1);
+                step::<ELEMENT, 2, false, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k + 2);
+                step::<ELEMENT, 3, true, ROWS, GROUPS>(&mut sums, &a4, &segment.b, k + 3);
             }
             for k in whole..segment.steps {
                 let mut a1 = [vdupq_n_f32(0.0); ROWS];
                 for (i, a1) in a1.iter_mut().enumerate() {
                     *a1 = vdupq_n_f32(*a.add(i * a_stride + k));
                 }
-                step::<ELEMENT, 0, ROWS, GROUPS>(&mut sums, &a1, &segment.b, k);
+                if segment.second || k % 2 == 1 {
+                    step::<ELEMENT, 0, true, ROWS, GROUPS>(&mut sums, &a1, &segment.b, k);
+                } else {
+                    step::<ELEMENT, 0, false, ROWS, GROUPS>(&mut sums, &a1, &segment.b, k);
+                }
             }
             a = a.add(segment.steps);
         }
@@ -123,13 +127,13 @@ unsafe fn tile_of<const ELEMENT: u8, const ROWS: usize, const GROUPS: usize>(pro
     }
 }
 
-/// Step `k`: lane `LANE` of each row's `a` by 16 columns of each group.
+/// Step `k`: lane `LANE` of each row's `a` by 16 columns of each group. `SECOND`: of two steps that share their place.
 ///
 /// # Safety
 /// The step exists in each of `GROUPS` groups.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn step<const ELEMENT: u8, const LANE: i32, const ROWS: usize, const GROUPS: usize>(
+unsafe fn step<const ELEMENT: u8, const LANE: i32, const SECOND: bool, const ROWS: usize, const GROUPS: usize>(
     sums: &mut Sums<ROWS, GROUPS>,
     a: &[float32x4_t; ROWS],
     b: &[*const u8; 2],
@@ -137,7 +141,7 @@ unsafe fn step<const ELEMENT: u8, const LANE: i32, const ROWS: usize, const GROU
 ) {
     for (g, b) in b.iter().enumerate().take(GROUPS) {
         // SAFETY: the caller's promise.
-        let b = unsafe { load16::<ELEMENT>(b.add(step_bytes(ELEMENT, k))) };
+        let b = unsafe { load16::<ELEMENT, SECOND>(b.add(step_bytes(ELEMENT, k))) };
         for (part, b) in b.into_iter().enumerate() {
             for (sums, a) in sums.iter_mut().zip(a) {
                 sums[g][part] = vfmaq_laneq_f32::<LANE>(sums[g][part], b, *a);
@@ -160,7 +164,8 @@ unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
             (0..step_bytes(ELEMENT, 2))
                 .step_by(64)
                 .for_each(|line| prefetch(at.wrapping_offset(ahead).wrapping_add(line)));
-            let [first, second] = [load16::<ELEMENT>(at), load16::<ELEMENT>(at.add(step_bytes(ELEMENT, 1)))];
+            let [first, second] =
+                [load16::<ELEMENT, false>(at), load16::<ELEMENT, true>(at.add(step_bytes(ELEMENT, 1)))];
             for part in 0..4 {
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let a = vld1q_f32(a.add(i * a_stride + g * 16 + part * 4));
@@ -177,14 +182,14 @@ unsafe fn dots_of<const ELEMENT: u8, const ROWS: usize>(dots: &Dots) {
     }
 }
 
-/// 16 elements as f32.
+/// 16 elements as f32; `SECOND`: of the second of two steps that share their place.
 ///
 /// # Safety
 /// They must be readable.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn load16<const ELEMENT: u8>(from: *const u8) -> [float32x4_t; 4] {
-    // SAFETY: the caller's promise; 16 elements are 64 bytes of f32, 32 of f16 and bf16, 16 of int8 and 8 of uint4.
+unsafe fn load16<const ELEMENT: u8, const SECOND: bool>(from: *const u8) -> [float32x4_t; 4] {
+    // SAFETY: the caller's promise; 16 elements are 64 bytes of f32, and of bf16 with another step's, 32 of f16, 16 of int8 and 8 of uint4.
     unsafe {
         match ELEMENT {
             F32 => [0, 4, 8, 12].map(|at| vld1q_f32(from.cast::<f32>().add(at))),
@@ -197,12 +202,11 @@ unsafe fn load16<const ELEMENT: u8>(from: *const u8) -> [float32x4_t; 4] {
                     vcvt_high_f32_f16(halves[1]),
                 ]
             }
-            BF16 => {
-                let [first, second] = [0, 4].map(|at| vld1q_u32(from.cast::<u32>().add(at)));
-                let upper = vdupq_n_u32(0xffff_0000);
-                [vshlq_n_u32::<16>(first), vshlq_n_u32::<16>(second), vandq_u32(first, upper), vandq_u32(second, upper)]
-                    .map(|bits| vreinterpretq_f32_u32(bits))
-            }
+            BF16 => [0, 4, 8, 12].map(|at| {
+                let pairs = vld1q_u32(from.cast::<u32>().add(at));
+                let bits = if SECOND { vandq_u32(pairs, vdupq_n_u32(0xffff_0000)) } else { vshlq_n_u32::<16>(pairs) };
+                vreinterpretq_f32_u32(bits)
+            }),
             INT8 => {
                 let codes = vld1q_s8(from.cast());
                 let [low, high] = [vmovl_s8(vget_low_s8(codes)), vmovl_high_s8(codes)];
