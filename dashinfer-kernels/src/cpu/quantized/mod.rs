@@ -4,6 +4,8 @@ mod activations;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod amx;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod amx_groups;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2_dot;
@@ -13,6 +15,10 @@ mod avx512;
 mod blocked;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod dotprod;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod grouped;
+#[cfg(all(test, feature = "x86", target_arch = "x86_64"))]
+mod grouped_model;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod groups;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
@@ -189,12 +195,35 @@ mod tests {
         best(Isa::Scalar)
     }
 
+    /// What multiplies groups with AMX, but its instructions in plain Rust.
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    const MODEL: Product = Product { operand: avx512::operand, run: grouped_model::product };
+
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    proptest! {
+        #![proptest_config(crate::random::cases(96))]
+
+        // Up to three tiles of rows and four panels, up to three parts.
+        #[test]
+        fn the_layouts_of_tiles_have_the_bits_of_the_scalar_product(
+            t in 1usize..40, n in 1usize..60, k in 1usize..600, threads in 1usize..3, scheme in 0..Scheme::ALL.len(), bias: bool,
+            seed: u64,
+        ) {
+            let (pool, scheme) = (pool(threads), Scheme::ALL[scheme]);
+            if scheme != Scheme::A8W8 {
+                let matrix = packed(n, k, scheme, bias, seed >> 1, &pool);
+                let x = noise(t * k, !seed);
+                prop_assert_eq!(product(MODEL, &x, &matrix, &pool), product(scalar(), &x, &matrix, &pool), "{}", scheme);
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(96))]
 
         #[test]
         fn every_variant_has_the_bits_of_the_scalar_one(
-            t in 1usize..20, n in 1usize..50, k in 1usize..300, threads in 1usize..4, scheme in 0..Scheme::ALL.len(), bias: bool,
+            t in 1usize..40, n in 1usize..50, k in 1usize..600, threads in 1usize..4, scheme in 0..Scheme::ALL.len(), bias: bool,
             seed: u64,
         ) {
             let (pool, scheme) = (pool(threads), Scheme::ALL[scheme]);
@@ -251,6 +280,24 @@ mod tests {
         }
     }
 
+    /// Few rows take other loops than many, and what is left over behind tiles of 16 and 32 rows others than those before it.
+    #[test]
+    fn any_number_of_rows_gives_a_row_the_same_bits() {
+        let pool = pool(2);
+        let (n, k) = (69, 700);
+        let x = noise(67 * k, 8);
+        for scheme in Scheme::ALL {
+            let matrix = packed(n, k, scheme, true, 6, &pool);
+            for v in supported(VARIANTS).into_iter().filter(|v| v.isa != Isa::Scalar) {
+                let alone: Vec<f32> = x.chunks(k).flat_map(|row| product(v.run, row, &matrix, &pool)).collect();
+                for t in (2..=8).chain([11, 12, 15, 16, 17, 21, 22, 31, 32, 33, 37, 38, 48, 50, 64, 67]) {
+                    let some = product(v.run, &x[..t * k], &matrix, &pool);
+                    assert_eq!(some, alone[..t * n], "{:?} {scheme} {t} rows", v.isa);
+                }
+            }
+        }
+    }
+
     /// The largest codes everywhere, of one sign: where sums that are kept in too few bits would overflow.
     #[test]
     fn the_largest_sums_are_exact() {
@@ -261,12 +308,17 @@ mod tests {
                 let bytes = to_bytes(&vec![sign; n * k], DType::F32);
                 let view = MatrixView { bytes: &bytes, dtype: DType::F32, rows: n, cols: k };
                 let matrix = QuantizedMatrix::pack(&[view], None, scheme, &pool).unwrap();
-                let x = vec![1.0; 5 * k];
+                // Enough rows for tiles.
+                let x = vec![1.0; 17 * k];
                 let want = product(scalar(), &x, &matrix, &pool);
                 let exact = sign * k as f32;
                 assert!(want.iter().all(|out| (out / exact - 1.0).abs() < 0.13), "{scheme} {want:?}");
                 for v in supported(VARIANTS) {
                     assert_eq!(product(v.run, &x, &matrix, &pool), want, "{:?} {scheme}", v.isa);
+                }
+                #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+                if scheme != Scheme::A8W8 {
+                    assert_eq!(product(MODEL, &x, &matrix, &pool), want, "{scheme}");
                 }
             }
         }

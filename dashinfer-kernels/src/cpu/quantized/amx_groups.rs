@@ -1,0 +1,363 @@
+//! AMX for groups: a tile of 16 rows by one panel for each group, whose sums leave the tile to be scaled.
+//!
+//! The unit multiplies 16 rows by 16 columns in 16 cycles, whether over 64 input features or, in groups of 32, over half as many. Scaling takes the vector
+//! unit, so what bounds a step, of 16 rows by 16 columns by a group, is neither alone. In cycles, by what each can do at best (two vectors loaded, one stored, two
+//! computed in a cycle; a tile is 16 vectors, one of weights of 32 input features 8):
+//!
+//! | step | multiplied | loaded | stored | computed |
+//! |---|---|---|---|---|
+//! | `a8`, groups of 32 | 16 | 8 `x` + 4 weights + 8 sums + 8 scales = 28 | 16 | 3 × 8 = 24 |
+//! | `a8`, 128 | 32 | 16 + 16 + 8 + 8 = 48 | 16 | 24 |
+//! | `a16`, 32 | 32 | 16 + 4 + 16 + 8 = 44 | 32 | 4 × 8 = 32; with zero points or 8 bits 5 × 8 = 40 |
+//! | `a16`, 128 | 64 | 32 + 16 + 16 + 8 = 72 | 32 | 40 |
+//!
+//! To that a share of laying out `x`: with pairs of panels, 4 or 8 of each but multiplications. The best that AVX-512 can do for a step of `a16` in groups of 32 is 160 cycles of
+//! computing. Two tiles of columns to one of rows would load fewer tiles, but their 32 chains of f32 sums would fill all registers.
+//!
+//! Steps overlap: while one is scaled, the next is stored, and the one after that multiplied, so that nobody waits for anybody's latency
+//! (a load of a tile 45 cycles, a multiplication 52).
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::activations::WORD_PLACES;
+use super::blocked::{BYTES, CODES_4, WORDS, code_bytes};
+use super::grouped::{self, GROUPS, Layout, PART, ROWS, Scratch, Sweep, Unit, X_STRIDE};
+use super::{Job, Output};
+use crate::cpu::amx;
+use crate::quant::PANEL;
+
+/// Whether this machine, which has AMX, has all else that is needed.
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512vbmi")
+}
+
+/// See [`grouped::product`].
+///
+/// # Safety
+/// As there; the machine has AMX for int8, and AVX-512 F, BW, VL, VNNI and VBMI.
+pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
+    // SAFETY: the caller's promise, passed on.
+    unsafe { grouped::product::<Amx>(job, rows, panels, out) }
+}
+
+struct Amx;
+
+impl Unit for Amx {
+    unsafe fn start(depth: usize) -> Self {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { amx::shape_for_groups(depth) };
+        Self
+    }
+
+    unsafe fn end(self) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { amx::release() };
+    }
+
+    unsafe fn widen<const CODES: u8>(codes: *const u8, zeros: &[u8; PANEL], len: usize, to: *mut i8) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { widen::<CODES>(codes, zeros, len, to) }
+    }
+
+    unsafe fn lay_out<const X: u8>(layout: &Layout, codes: *const u8, len: usize, to: &mut [u8; X_STRIDE]) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { lay_out::<X>(layout, codes, len, to) }
+    }
+
+    unsafe fn sweep<const X: u8, const NARROW: bool>(&mut self, sweep: &Sweep<'_>, scratch: &mut Scratch) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { steps::<X, NARROW>(sweep, scratch) }
+    }
+}
+
+/// Where the low bytes of 32 words stand, in the order of input features, and then their high bytes.
+pub(super) const SPLIT: [u8; 64] = {
+    let mut from = [0; 64];
+    let mut k = 0;
+    while k < 32 {
+        let word = k / 4 * 4 + WORD_PLACES[k % 4];
+        from[k] = 2 * word as u8;
+        from[32 + k] = 2 * word as u8 + 1;
+        k += 1;
+    }
+    from
+};
+
+/// Which of the four bytes of zero points that stand in a quarter of a vector: each for a quad.
+const SPREAD: [u8; 64] = {
+    let mut from = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        from[i] = (i / 4) as u8;
+        i += 1;
+    }
+    from
+};
+
+/// How far ahead codes are fetched.
+const AHEAD_BYTES: usize = 2048;
+
+/// See [`Unit::widen`].
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn widen<const CODES: u8>(codes: *const u8, zeros: &[u8; PANEL], len: usize, to: *mut i8) {
+    // SAFETY: the array is one vector, the zero points a quarter of one; the rest is the caller's promise.
+    unsafe {
+        let spread = _mm512_loadu_si512(SPREAD.as_ptr().cast());
+        let zeros = _mm512_broadcast_i32x4(_mm_loadu_si128(zeros.as_ptr().cast()));
+        let (zeros, nibbles) = (_mm512_shuffle_epi8(zeros, spread), _mm512_set1_epi8(15));
+        for k in (0..len).step_by(8) {
+            let codes = codes.add(code_bytes(BYTES, CODES, k));
+            _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(AHEAD_BYTES).cast());
+            let first = _mm512_loadu_si512(codes.cast());
+            let [even, odd] = if CODES == CODES_4 {
+                [_mm512_and_si512(first, nibbles), _mm512_and_si512(_mm512_srli_epi16::<4>(first), nibbles)]
+            } else {
+                [first, _mm512_loadu_si512(codes.add(64).cast())]
+            };
+            let to = to.add(k * PANEL);
+            _mm512_storeu_si512(to.cast(), _mm512_sub_epi8(even, zeros));
+            _mm512_storeu_si512(to.add(64).cast(), _mm512_sub_epi8(odd, zeros));
+        }
+    }
+}
+
+/// See [`Unit::lay_out`].
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512vl,avx512vbmi")]
+unsafe fn lay_out<const X: u8>(layout: &Layout, codes: *const u8, len: usize, to: &mut [u8; X_STRIDE]) {
+    let to = to.as_mut_ptr();
+    // SAFETY: a row has room for `len` codes of either kind; the rest is the caller's promise.
+    unsafe {
+        let split = _mm512_loadu_si512(SPLIT.as_ptr().cast());
+        for k in (0..len).step_by(32) {
+            if X != WORDS {
+                _mm256_storeu_si256(to.add(k).cast(), _mm256_loadu_si256(codes.add(k).cast()));
+                continue;
+            }
+            let bytes = _mm512_permutexvar_epi8(split, _mm512_loadu_si512(codes.add(2 * k).cast()));
+            if layout.high == 32 {
+                _mm512_storeu_si512(to.add(2 * k).cast(), bytes);
+            } else {
+                _mm256_storeu_si256(to.add(k).cast(), _mm512_castsi512_si256(bytes));
+                _mm256_storeu_si256(to.add(PART + k).cast(), _mm512_extracti64x4_epi64::<1>(bytes));
+            }
+        }
+    }
+}
+
+/// `(first tiles of x, to the high bytes, first tile of weights, tiles)`, in assembly; sums stay in their tiles.
+macro_rules! multiply {
+    (words, $low:tt, $high:tt, $weights:tt, $x:expr, $to_high:expr, $w:expr, $tiles:expr) => {
+        asm!(
+            concat!("tilezero ", $low),
+            concat!("tilezero ", $high),
+            "2:",
+            concat!("tileloadd ", $weights, ", [{w} + {row}*1]"),
+            "tileloadd tmm4, [{x} + {stride}*1]",
+            concat!("tdpbusd ", $low, ", tmm4, ", $weights),
+            "tileloadd tmm5, [{y} + {stride}*1]",
+            concat!("tdpbssd ", $high, ", tmm5, ", $weights),
+            "add {x}, 64",
+            "add {y}, 64",
+            "add {w}, 1024",
+            "dec {tiles}",
+            "jnz 2b",
+            x = inout(reg) $x => _,
+            y = inout(reg) $x.wrapping_add($to_high) => _,
+            w = inout(reg) $w => _,
+            tiles = inout(reg) $tiles => _,
+            stride = in(reg) X_STRIDE,
+            row = in(reg) amx::ROW_BYTES,
+            out($low) _, out($high) _, out("tmm4") _, out("tmm5") _, out($weights) _,
+            options(nostack, readonly),
+        )
+    };
+    (bytes, $sums:tt, $bytes:tt, $weights:tt, $x:expr, $w:expr, $tiles:expr) => {
+        asm!(
+            concat!("tilezero ", $sums),
+            "2:",
+            concat!("tileloadd ", $weights, ", [{w} + {row}*1]"),
+            concat!("tileloadd ", $bytes, ", [{x} + {stride}*1]"),
+            concat!("tdpbssd ", $sums, ", ", $bytes, ", ", $weights),
+            "add {x}, 64",
+            "add {w}, 1024",
+            "dec {tiles}",
+            "jnz 2b",
+            x = inout(reg) $x => _,
+            w = inout(reg) $w => _,
+            tiles = inout(reg) $tiles => _,
+            stride = in(reg) X_STRIDE,
+            row = in(reg) amx::ROW_BYTES,
+            out($sums) _, out($bytes) _, out($weights) _,
+            options(nostack, readonly),
+        )
+    };
+}
+
+/// Multiplies step `step`: its sums are left in tiles 0 and 1 if it is even, 2 and 3 if it is odd.
+///
+/// # Safety
+/// This thread's tiles have the depth of the layout; the scratch holds the operands of the step, which is in group `group`.
+#[inline(always)]
+unsafe fn multiply<const X: u8>(layout: &Layout, scratch: *const Scratch, step: usize, group: usize) {
+    // SAFETY: the caller's promise: 16 rows of `x` and as many quads of weights as a tile is deep can be read at either place. No code but this
+    // uses tiles, so that they stay as they are until `store`.
+    unsafe {
+        let x = (&raw const (*scratch).x).cast::<u8>().add(layout.x(group));
+        let w = (&raw const (*scratch).weights).cast::<u8>().add(layout.weights(step));
+        let (tiles, even) = (layout.tiles(), step.is_multiple_of(2));
+        match (X == WORDS, even) {
+            (true, true) => multiply!(words, "tmm0", "tmm1", "tmm6", x, layout.high, w, tiles),
+            (true, false) => multiply!(words, "tmm2", "tmm3", "tmm7", x, layout.high, w, tiles),
+            (false, true) => multiply!(bytes, "tmm0", "tmm4", "tmm6", x, w, tiles),
+            (false, false) => multiply!(bytes, "tmm2", "tmm5", "tmm7", x, w, tiles),
+        }
+    }
+}
+
+/// Writes the sums of step `step` out of the tiles that [`multiply`] has left them in.
+///
+/// # Safety
+/// It was multiplied, and since then at most the one after it.
+#[inline(always)]
+unsafe fn store<const X: u8>(scratch: *mut Scratch, step: usize) {
+    macro_rules! store {
+        ($to:expr, $($at:literal $tile:literal),+) => {
+            asm!($(concat!("tilestored [{to} + {row}*1 + ", $at, "], ", $tile)),+, to = in(reg) $to, row = in(reg) amx::ROW_BYTES,
+                 options(nostack, preserves_flags))
+        };
+    }
+    // SAFETY: the scratch has room for two tiles of sums of an even step, and of an odd one.
+    unsafe {
+        let to = (&raw mut (*scratch).dots[step % 2]).cast::<i32>();
+        match (X == WORDS, step.is_multiple_of(2)) {
+            (true, true) => store!(to, "0" "tmm0", "1024" "tmm1"),
+            (true, false) => store!(to, "0" "tmm2", "1024" "tmm3"),
+            (false, true) => store!(to, "0" "tmm0"),
+            (false, false) => store!(to, "0" "tmm2"),
+        }
+    }
+}
+
+/// Sums in f32, a row in a register.
+type Values = [__m512; ROWS];
+
+/// Adds the sums of a step, scaled; see [`scalar::product`](super::scalar::product).
+///
+/// # Safety
+/// AVX-512F and VNNI. The step's sums were stored.
+#[inline(always)] // so without features of its own: it takes those of `steps`
+unsafe fn add<const X: u8, const NARROW: bool>(
+    values: &mut Values,
+    dots: &[[[i32; PANEL]; ROWS]; 2],
+    weight_scales: __m512,
+    scales: &[[f32; GROUPS]; ROWS],
+    group: usize,
+) {
+    // SAFETY: a row of sums is one vector; `group` is one of the part.
+    unsafe {
+        // Of the two halves of a sum of high bytes, the lower one is all of it, and the upper one its sign.
+        let shift = _mm512_set1_epi32(256);
+        for (i, value) in values.iter_mut().enumerate() {
+            let load = |which: usize| _mm512_load_si512(dots[which][i].as_ptr().cast());
+            let dot = match (X == WORDS, NARROW) {
+                (false, _) => load(0),
+                (true, false) => _mm512_add_epi32(_mm512_slli_epi32::<8>(load(1)), load(0)),
+                (true, true) => _mm512_dpwssd_epi32(load(0), shift, load(1)),
+            };
+            let scale = _mm512_set1_ps(*scales[i].get_unchecked(group));
+            *value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(weight_scales, scale), *value);
+        }
+    }
+}
+
+/// See [`Unit::sweep`].
+///
+/// # Safety
+/// As there.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mut Scratch) {
+    let Sweep { job, ref rows, ref panels, ref layout, out, .. } = *sweep;
+    let (groups, first_group) = (sweep.groups(), sweep.first_group());
+    let (weight, num_steps) = (job.weight, groups * panels.len());
+    // Each step fetches some rows of those that are next.
+    let row_lines = (sweep.ks.len() * if X == WORDS { 2 } else { 1 }).div_ceil(64);
+    let step_rows = ROWS.div_ceil(num_steps.max(1));
+    let mut ahead = sweep.ahead;
+    let mut step = 0;
+    let scratch: *mut Scratch = scratch;
+    // The group of the step that is to be multiplied next.
+    let mut next_group = 0;
+    let mut multiply_next = |step: usize| {
+        // SAFETY: the operands of all steps are there, as the caller promises. Of the tiles that this step takes, the sums were stored.
+        unsafe { multiply::<X>(layout, scratch, step, next_group) };
+        next_group = if next_group + 1 == groups { 0 } else { next_group + 1 };
+    };
+    if num_steps > 0 {
+        multiply_next(0);
+    }
+    if num_steps > 1 {
+        multiply_next(1);
+    }
+    if num_steps > 0 {
+        // SAFETY: it was multiplied.
+        unsafe { store::<X>(scratch, 0) };
+    }
+    for panel in panels.clone() {
+        let mut values = [_mm512_setzero_ps(); ROWS];
+        let bias = weight.panel_bias(panel);
+        for (i, values) in values.iter_mut().enumerate() {
+            let (from, width) = out.place(rows.start + i, panel);
+            // SAFETY: the columns under the mask were written in the parts before.
+            *values = unsafe {
+                if sweep.ks.start == 0 {
+                    _mm512_loadu_ps(bias.as_ptr())
+                } else {
+                    _mm512_maskz_loadu_ps(if i < rows.len() { mask(width) } else { 0 }, from)
+                }
+            };
+        }
+        for group in 0..groups {
+            if step + 2 < num_steps {
+                multiply_next(step + 2);
+            }
+            if step + 1 < num_steps {
+                // SAFETY: it was multiplied two steps ago, and since then only the one after it.
+                unsafe { store::<X>(scratch, step + 1) };
+            }
+            for _ in 0..step_rows {
+                for line in 0..row_lines {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
+                }
+                ahead = ahead.wrapping_add(sweep.x_stride);
+            }
+            // SAFETY: 16 scales of 16 bits are one vector. The step's sums were stored a step ago; the scratch is not borrowed otherwise.
+            unsafe {
+                let scales = weight.scales(panel, first_group + group);
+                let weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast()));
+                let (dots, scales) = (&(*scratch).dots[step % 2], &(*scratch).scales);
+                add::<X, NARROW>(&mut values, dots, weight_scales, scales, group);
+            }
+            step += 1;
+        }
+        for (i, values) in values.iter().enumerate().take(rows.len()) {
+            let (to, width) = out.place(rows.start + i, panel);
+            // SAFETY: the caller gives this thread these columns of these rows.
+            unsafe { _mm512_mask_storeu_ps(to, mask(width), *values) };
+        }
+    }
+}
+
+/// The first `width` of 16.
+#[inline(always)]
+fn mask(width: usize) -> __mmask16 {
+    (0xffff_u32 >> (PANEL - width)) as __mmask16
+}
