@@ -212,7 +212,7 @@ unsafe fn multiply<const X: u8>(layout: &Layout, scratch: *const Scratch, step: 
     unsafe {
         let x = (&raw const (*scratch).x).cast::<u8>().add(layout.x(group));
         let w = (&raw const (*scratch).weights).cast::<u8>().add(layout.weights(step));
-        let (tiles, even) = (layout.tiles(), step.is_multiple_of(2));
+        let (tiles, even) = (layout.tiles, step.is_multiple_of(2));
         match (X == WORDS, even) {
             (true, true) => multiply!(words, "tmm0", "tmm1", "tmm6", x, layout.high, w, tiles),
             (true, false) => multiply!(words, "tmm2", "tmm3", "tmm7", x, layout.high, w, tiles),
@@ -249,31 +249,91 @@ unsafe fn store<const X: u8>(scratch: *mut Scratch, step: usize) {
 /// Sums in f32, a row in a register.
 type Values = [__m512; ROWS];
 
-/// Adds the sums of a step, scaled; see [`scalar::product`](super::scalar::product).
+/// The sums of a row of a step as integers in `{t}`, then scaled and added to the row's values.
+macro_rules! add_row {
+    ($value:literal, $row:literal, $($load:expr),+) => {
+        concat!(
+            $($load, "\n",)+
+            "vcvtdq2ps {t}, {t}\n",
+            "vmulps {scale}, {weights}, dword ptr [{scales} + 32*", $row, "]{{1to16}}\n",
+            "vfmadd231ps ", $value, ", {t}, {scale}\n",
+        )
+    };
+}
+macro_rules! add_row_of_bytes {
+    ($value:literal, $row:literal) => {
+        add_row!($value, $row, concat!("vmovdqa64 {t}, [{dots} + 64*", $row, "]"))
+    };
+}
+macro_rules! add_row_of_words {
+    ($value:literal, $row:literal) => {
+        add_row!(
+            $value,
+            $row,
+            concat!("vpslld {t}, zmmword ptr [{dots} + 1024 + 64*", $row, "], 8"),
+            concat!("vpaddd {t}, {t}, [{dots} + 64*", $row, "]")
+        )
+    };
+}
+// Of the two halves of a sum of high bytes, the lower one is all of it, and the upper one its sign.
+macro_rules! add_row_of_narrow_words {
+    ($value:literal, $row:literal) => {
+        add_row!(
+            $value,
+            $row,
+            concat!("vmovdqa64 {t}, [{dots} + 64*", $row, "]"),
+            concat!("vpdpwssd {t}, {shift}, [{dots} + 1024 + 64*", $row, "]")
+        )
+    };
+}
+/// All rows of a step; `$values` is an array of 16 vectors.
+macro_rules! add_rows {
+    ($add_row:ident, $values:ident, $dots:expr, $weights:expr, $scales:expr $(, $shift:expr)?) => {{
+        let [v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15] = $values;
+        // Not left out, since a register without a type would be taken for one of bytes.
+        let (_sum, _scale): (__m512, __m512);
+        asm!(
+            $add_row!("{v0}", "0"), $add_row!("{v1}", "1"), $add_row!("{v2}", "2"), $add_row!("{v3}", "3"),
+            $add_row!("{v4}", "4"), $add_row!("{v5}", "5"), $add_row!("{v6}", "6"), $add_row!("{v7}", "7"),
+            $add_row!("{v8}", "8"), $add_row!("{v9}", "9"), $add_row!("{v10}", "10"), $add_row!("{v11}", "11"),
+            $add_row!("{v12}", "12"), $add_row!("{v13}", "13"), $add_row!("{v14}", "14"), $add_row!("{v15}", "15"),
+            v0 = inout(zmm_reg) *v0, v1 = inout(zmm_reg) *v1, v2 = inout(zmm_reg) *v2, v3 = inout(zmm_reg) *v3,
+            v4 = inout(zmm_reg) *v4, v5 = inout(zmm_reg) *v5, v6 = inout(zmm_reg) *v6, v7 = inout(zmm_reg) *v7,
+            v8 = inout(zmm_reg) *v8, v9 = inout(zmm_reg) *v9, v10 = inout(zmm_reg) *v10, v11 = inout(zmm_reg) *v11,
+            v12 = inout(zmm_reg) *v12, v13 = inout(zmm_reg) *v13, v14 = inout(zmm_reg) *v14, v15 = inout(zmm_reg) *v15,
+            dots = in(reg) $dots,
+            weights = in(zmm_reg) $weights,
+            scales = in(reg) $scales,
+            $(shift = in(zmm_reg) $shift,)?
+            t = out(zmm_reg) _sum,
+            scale = out(zmm_reg) _scale,
+            options(nostack, readonly, preserves_flags),
+        )
+    }};
+}
+
+/// Adds the sums of a step, scaled; see [`scalar::product`](super::scalar::product). In assembly: the compiler moves each value from one
+/// register to another, and adds high bytes in two instructions where one does.
 ///
 /// # Safety
-/// AVX-512F and VNNI. The step's sums were stored.
-#[inline(always)] // so without features of its own: it takes those of `steps`
+/// The step's sums were stored; `scales` is that of the step's group in the first row of a [`Scratch`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
 unsafe fn add<const X: u8, const NARROW: bool>(
     values: &mut Values,
-    dots: &[[[i32; PANEL]; ROWS]; 2],
+    dots: *const [[[i32; PANEL]; ROWS]; 2],
     weight_scales: __m512,
-    scales: &[[f32; GROUPS]; ROWS],
-    group: usize,
+    scales: *const f32,
 ) {
-    // SAFETY: a row of sums is one vector; `group` is one of the part.
+    const { assert!(size_of::<[f32; GROUPS]>() == 32, "bytes between the scales of rows") };
+    // SAFETY: the features are on in this function; a row of sums is one aligned vector, and each row has scales.
     unsafe {
-        // Of the two halves of a sum of high bytes, the lower one is all of it, and the upper one its sign.
-        let shift = _mm512_set1_epi32(256);
-        for (i, value) in values.iter_mut().enumerate() {
-            let load = |which: usize| _mm512_load_si512(dots[which][i].as_ptr().cast());
-            let dot = match (X == WORDS, NARROW) {
-                (false, _) => load(0),
-                (true, false) => _mm512_add_epi32(_mm512_slli_epi32::<8>(load(1)), load(0)),
-                (true, true) => _mm512_dpwssd_epi32(load(0), shift, load(1)),
-            };
-            let scale = _mm512_set1_ps(*scales[i].get_unchecked(group));
-            *value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(weight_scales, scale), *value);
+        match (X == WORDS, NARROW) {
+            (false, _) => add_rows!(add_row_of_bytes, values, dots, weight_scales, scales),
+            (true, false) => add_rows!(add_row_of_words, values, dots, weight_scales, scales),
+            (true, true) => {
+                add_rows!(add_row_of_narrow_words, values, dots, weight_scales, scales, _mm512_set1_epi32(256));
+            }
         }
     }
 }
@@ -289,7 +349,7 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
     let (groups, first_group) = (sweep.groups(), sweep.first_group());
     let (weight, num_steps) = (job.weight, groups * panels.len());
     // Each step fetches some rows of those that are next.
-    let row_lines = (sweep.ks.len() * if X == WORDS { 2 } else { 1 }).div_ceil(64);
+    let row_lines = if X == WORDS { PART / 32 } else { PART / 64 };
     let step_rows = ROWS.div_ceil(num_steps.max(1));
     let mut ahead = sweep.ahead;
     let mut step = 0;
@@ -312,18 +372,28 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
         unsafe { store::<X>(scratch, 0) };
     }
     for panel in panels.clone() {
+        let (at, width, stride) = out.place(rows.start, panel);
+        let columns = mask(width);
         let mut values = [_mm512_setzero_ps(); ROWS];
-        let bias = weight.panel_bias(panel);
-        for (i, values) in values.iter_mut().enumerate() {
-            let (from, width) = out.place(rows.start + i, panel);
-            // SAFETY: the columns under the mask were written in the parts before.
-            *values = unsafe {
-                if sweep.ks.start == 0 {
-                    _mm512_loadu_ps(bias.as_ptr())
-                } else {
-                    _mm512_maskz_loadu_ps(if i < rows.len() { mask(width) } else { 0 }, from)
+        if sweep.ks.start == 0 {
+            // SAFETY: the bias is one vector.
+            values = [unsafe { _mm512_loadu_ps(weight.panel_bias(panel).as_ptr()) }; ROWS];
+        } else {
+            let mut at = at;
+            if rows.len() == ROWS {
+                for values in &mut values {
+                    // SAFETY: the columns under the mask were written in the parts before.
+                    *values = unsafe { _mm512_maskz_loadu_ps(columns, at) };
+                    at = at.wrapping_add(stride);
                 }
-            };
+            } else {
+                for (i, values) in values.iter_mut().enumerate() {
+                    let there = if i < rows.len() { columns } else { 0 };
+                    // SAFETY: as above; without a mask, nothing is read.
+                    *values = unsafe { _mm512_maskz_loadu_ps(there, at) };
+                    at = at.wrapping_add(stride);
+                }
+            }
         }
         for group in 0..groups {
             if step + 2 < num_steps {
@@ -343,15 +413,20 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
             unsafe {
                 let scales = weight.scales(panel, first_group + group);
                 let weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast()));
-                let (dots, scales) = (&(*scratch).dots[step % 2], &(*scratch).scales);
-                add::<X, NARROW>(&mut values, dots, weight_scales, scales, group);
+                let dots = &raw const (*scratch).dots[step % 2];
+                let scales = (&raw const (*scratch).scales).cast::<f32>().add(group);
+                add::<X, NARROW>(&mut values, dots, weight_scales, scales);
             }
             step += 1;
         }
-        for (i, values) in values.iter().enumerate().take(rows.len()) {
-            let (to, width) = out.place(rows.start + i, panel);
-            // SAFETY: the caller gives this thread these columns of these rows.
-            unsafe { _mm512_mask_storeu_ps(to, mask(width), *values) };
+        // Without an index that is not known, so that the values above can be registers.
+        let mut at = at;
+        for (i, values) in values.iter().enumerate() {
+            if i < rows.len() {
+                // SAFETY: the caller gives this thread these columns of these rows.
+                unsafe { _mm512_mask_storeu_ps(at, columns, *values) };
+            }
+            at = at.wrapping_add(stride);
         }
     }
 }

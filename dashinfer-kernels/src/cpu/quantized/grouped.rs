@@ -41,6 +41,8 @@ pub(super) struct Layout {
     pub(super) group: usize,
     /// Input features of a tile: all of a group, or 64.
     pub(super) depth: usize,
+    /// Tiles of a group.
+    pub(super) tiles: usize,
     /// Bytes between groups of a row of `x`.
     x_group: usize,
     /// Bytes from the low bytes of `x` to its high ones; none if it has 8 bits.
@@ -57,13 +59,7 @@ impl Layout {
             (_, true) => (2 * group, group),
             (_, false) => (group, PART),
         };
-        Self { group, depth, x_group, high }
-    }
-
-    /// Tiles of a group.
-    #[inline(always)]
-    pub(super) fn tiles(&self) -> usize {
-        self.group / self.depth
+        Self { group, depth, tiles: group / depth, x_group, high }
     }
 
     /// Where group `group` of a part starts in a row of `x`: its low bytes, or all of them. Its tiles are 64 bytes apart.

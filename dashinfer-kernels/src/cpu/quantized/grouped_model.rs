@@ -53,7 +53,7 @@ impl Model {
     /// The sums of all tiles of a step.
     fn step(&self, layout: &Layout, x: &[u8], weights: &[i8], bytes: Bytes) -> Sums {
         let mut sums = [[0; PANEL]; ROWS];
-        for tile in 0..layout.tiles() {
+        for tile in 0..layout.tiles {
             self.multiply(&mut sums, &x[tile * 64..], &weights[tile * 1024..], bytes);
         }
         sums
