@@ -89,7 +89,7 @@ impl Output {
     #[inline(always)]
     #[cfg_attr(
         not(all(feature = "x86", target_arch = "x86_64")),
-        expect(dead_code, reason = "for variants that load and store under a mask")
+        allow(dead_code, reason = "for variants that load and store under a mask")
     )]
     pub(crate) fn place(self, row: usize, panel: usize) -> (*mut f32, usize, usize) {
         (self.at(row, panel), self.width(panel), self.stride)

@@ -23,7 +23,7 @@ use std::ops::Range;
 
 use super::activations::WORD_PLACES;
 use super::blocked::{BYTES, CODES_4, WORDS, code_bytes};
-use super::grouped::{self, GROUPS, Layout, PART, ROWS, Scratch, Sweep, Unit, X_STRIDE};
+use super::grouped::{self, GROUPS, Layout, PART, Part, ROWS, Scratch, Sweep, Unit, X_STRIDE};
 use super::{Job, Output};
 use crate::cpu::amx;
 use crate::quant::PANEL;
@@ -61,9 +61,9 @@ impl Unit for Amx {
         unsafe { widen::<CODES>(codes, zeros, len, to) }
     }
 
-    unsafe fn lay_out<const X: u8>(layout: &Layout, codes: *const u8, len: usize, to: &mut [u8; X_STRIDE]) {
+    unsafe fn lay_out<const X: u8>(layout: &Layout, part: &Part, scratch: &mut Scratch) {
         // SAFETY: the caller's promise, passed on.
-        unsafe { lay_out::<X>(layout, codes, len, to) }
+        unsafe { lay_out::<X>(layout, part, scratch) }
     }
 
     unsafe fn sweep<const X: u8, const NARROW: bool>(&mut self, sweep: &Sweep<'_>, scratch: &mut Scratch) {
@@ -131,23 +131,32 @@ unsafe fn widen<const CODES: u8>(codes: *const u8, zeros: &[u8; PANEL], len: usi
 /// # Safety
 /// As there.
 #[target_feature(enable = "avx512f,avx512vl,avx512vbmi")]
-unsafe fn lay_out<const X: u8>(layout: &Layout, codes: *const u8, len: usize, to: &mut [u8; X_STRIDE]) {
-    let to = to.as_mut_ptr();
-    // SAFETY: a row has room for `len` codes of either kind; the rest is the caller's promise.
+unsafe fn lay_out<const X: u8>(layout: &Layout, part: &Part, scratch: &mut Scratch) {
+    let groups = part.len / layout.group;
+    let there = ((1_u16 << groups) - 1) as u8; // no more than eight
+    let (mut codes, mut scales) = (part.codes, part.scales);
+    let rows = scratch.x.iter_mut().zip(&mut scratch.scales).take(part.rows);
+    // SAFETY: a row has room for the part's codes of either kind, and for its scales, which are one vector; the rest is the caller's promise.
     unsafe {
         let split = _mm512_loadu_si512(SPLIT.as_ptr().cast());
-        for k in (0..len).step_by(32) {
-            if X != WORDS {
-                _mm256_storeu_si256(to.add(k).cast(), _mm256_loadu_si256(codes.add(k).cast()));
-                continue;
+        for (to, to_scales) in rows {
+            let to = to.as_mut_ptr();
+            for k in (0..part.len).step_by(32) {
+                if X != WORDS {
+                    _mm256_storeu_si256(to.add(k).cast(), _mm256_loadu_si256(codes.add(k).cast()));
+                    continue;
+                }
+                let bytes = _mm512_permutexvar_epi8(split, _mm512_loadu_si512(codes.add(2 * k).cast()));
+                if layout.high == 32 {
+                    _mm512_storeu_si512(to.add(2 * k).cast(), bytes);
+                } else {
+                    _mm256_storeu_si256(to.add(k).cast(), _mm512_castsi512_si256(bytes));
+                    _mm256_storeu_si256(to.add(PART + k).cast(), _mm512_extracti64x4_epi64::<1>(bytes));
+                }
             }
-            let bytes = _mm512_permutexvar_epi8(split, _mm512_loadu_si512(codes.add(2 * k).cast()));
-            if layout.high == 32 {
-                _mm512_storeu_si512(to.add(2 * k).cast(), bytes);
-            } else {
-                _mm256_storeu_si256(to.add(k).cast(), _mm512_castsi512_si256(bytes));
-                _mm256_storeu_si256(to.add(PART + k).cast(), _mm512_extracti64x4_epi64::<1>(bytes));
-            }
+            _mm256_storeu_ps(to_scales.as_mut_ptr(), _mm256_maskz_loadu_ps(there, scales));
+            codes = codes.wrapping_add(part.stride);
+            scales = scales.wrapping_add(part.groups);
         }
     }
 }
@@ -435,4 +444,86 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
 #[inline(always)]
 fn mask(width: usize) -> __mmask16 {
     (0xffff_u32 >> (PANEL - width)) as __mmask16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::blocked::CODES_8;
+    use super::super::grouped::PANELS;
+    use super::super::grouped_model::Model;
+    use super::*;
+    use crate::random::SplitMix64;
+
+    /// Whether this machine has the vectors, if not the tiles.
+    fn has_vectors() -> bool {
+        let has = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") && is_available();
+        if !has {
+            println!("skipped: no AVX-512 VBMI on this machine");
+        }
+        has
+    }
+
+    fn bytes(len: usize, seed: u64) -> Vec<u8> {
+        let mut random = SplitMix64(seed);
+        (0..len).map(|_| random.bits() as u8).collect()
+    }
+
+    fn scratch() -> Scratch {
+        Scratch {
+            x: [[0; X_STRIDE]; ROWS],
+            weights: [0; PANELS * PART * PANEL],
+            dots: [[[[0; PANEL]; ROWS]; 2]; 2],
+            scales: [[0.0; GROUPS]; ROWS],
+        }
+    }
+
+    #[test]
+    fn weights_are_widened_as_in_the_model() {
+        if !has_vectors() {
+            return;
+        }
+        let codes = bytes(PART * PANEL, 1);
+        let zeros: [u8; PANEL] = std::array::from_fn(|i| (i * 7 % 16) as u8);
+        for len in [32, 64, 224, PART] {
+            let (mut found, mut wanted) = (vec![0; len * PANEL], vec![0; len * PANEL]);
+            // SAFETY: the machine has AVX-512; there are as many codes, and as much room.
+            unsafe {
+                Amx::widen::<CODES_4>(codes.as_ptr(), &zeros, len, found.as_mut_ptr());
+                Model::widen::<CODES_4>(codes.as_ptr(), &zeros, len, wanted.as_mut_ptr());
+                assert_eq!(found, wanted, "4 bits, {len}");
+                Amx::widen::<CODES_8>(codes.as_ptr(), &[128; PANEL], len, found.as_mut_ptr());
+                Model::widen::<CODES_8>(codes.as_ptr(), &[128; PANEL], len, wanted.as_mut_ptr());
+            }
+            assert_eq!(found, wanted, "8 bits, {len}");
+        }
+    }
+
+    #[test]
+    fn rows_are_laid_out_as_in_the_model() {
+        if !has_vectors() {
+            return;
+        }
+        let codes = bytes(ROWS * 2 * PART, 2);
+        let scales: Vec<f32> = (0..ROWS * GROUPS).map(|i| i as f32 + 0.5).collect();
+        for (group, operand) in [32, 64, 128].into_iter().flat_map(|group| [(group, WORDS), (group, BYTES)]) {
+            for (rows, groups) in [(1, 1), (7, PART / group), (16, 2), (16, PART / group)] {
+                let layout = Layout::new(group, operand);
+                let (codes, scales, len) = (codes.as_ptr(), scales.as_ptr(), groups * group);
+                let part = Part { rows, codes, stride: 2 * PART, len, scales, groups: GROUPS };
+                let (mut found, mut wanted) = (scratch(), scratch());
+                // SAFETY: the machine has AVX-512; there are as many codes and scales.
+                unsafe {
+                    if operand == WORDS {
+                        Amx::lay_out::<WORDS>(&layout, &part, &mut found);
+                        Model::lay_out::<WORDS>(&layout, &part, &mut wanted);
+                    } else {
+                        Amx::lay_out::<BYTES>(&layout, &part, &mut found);
+                        Model::lay_out::<BYTES>(&layout, &part, &mut wanted);
+                    }
+                }
+                assert_eq!(found.x, wanted.x, "{layout:?} {rows} rows, {groups} groups");
+                assert_eq!(found.scales, wanted.scales, "{layout:?} {rows} rows, {groups} groups");
+            }
+        }
+    }
 }

@@ -88,6 +88,22 @@ pub(super) struct Scratch {
     pub(super) scales: [[f32; GROUPS]; ROWS],
 }
 
+/// A part of some rows of `x`.
+pub(super) struct Part {
+    /// 1 to 16.
+    pub(super) rows: usize,
+    /// Codes of the first row.
+    pub(super) codes: *const u8,
+    /// Bytes between rows of codes.
+    pub(super) stride: usize,
+    /// Input features: whole groups, and no more than [`PART`].
+    pub(super) len: usize,
+    /// Scales of the first row.
+    pub(super) scales: *const f32,
+    /// Scales between those of rows: one for each group of a row.
+    pub(super) groups: usize,
+}
+
 /// Up to 16 rows by up to two panels over the groups of a part.
 pub(super) struct Sweep<'a> {
     pub(super) job: &'a Job<'a>,
@@ -138,11 +154,11 @@ pub(super) trait Unit {
     /// The machine has the unit. `codes` holds as many codes of kind `CODES`, `to` has room for 16 bytes for each; `len` is a multiple of 32.
     unsafe fn widen<const CODES: u8>(codes: *const u8, zeros: &[u8; PANEL], len: usize, to: *mut i8);
 
-    /// Lays out `len` input features of a row of `x` of kind `X`.
+    /// Lays out the part's codes of `x`, of kind `X`, and its scales for 1 to 16 rows.
     ///
     /// # Safety
-    /// The machine has the unit. `codes` holds as many codes; `len` is a multiple of the group and no more than [`PART`].
-    unsafe fn lay_out<const X: u8>(layout: &Layout, codes: *const u8, len: usize, to: &mut [u8; X_STRIDE]);
+    /// The machine has the unit. Each row has as many codes and scales as the part says; rows of the scratch have room for them.
+    unsafe fn lay_out<const X: u8>(layout: &Layout, part: &Part, scratch: &mut Scratch);
 
     /// Adds the products of all groups to what the output holds, or to the bias if the part is the first. `NARROW` says that sums of
     /// high bytes fit 16 bits.
@@ -209,19 +225,13 @@ unsafe fn typed<U: Unit, const X: u8, const CODES: u8, const NARROW: bool>(
                     let to = scratch.weights[side * ks.len() * PANEL..].as_mut_ptr();
                     widen::<U, CODES>(job, panel, &ks, to);
                 }
-                let first_group = ks.start / layout.group;
                 for row in rows.clone().step_by(ROWS) {
                     let rows = row..rows.end.min(row + ROWS);
                     let codes = job.x.codes(row).as_ptr().wrapping_add(ks.start * size);
-                    for i in 0..rows.len() {
-                        let codes = codes.wrapping_add(i * x_stride);
-                        U::lay_out::<X>(&layout, codes, ks.len(), &mut scratch.x[i]);
-                        let scales = &job.x.scales(row + i)[first_group..][..ks.len() / layout.group];
-                        match <&[f32; GROUPS]>::try_from(scales) {
-                            Ok(scales) => scratch.scales[i] = *scales, // as one vector
-                            Err(_) => scratch.scales[i][..scales.len()].copy_from_slice(scales),
-                        }
-                    }
+                    let scales = job.x.scales(row).as_ptr().wrapping_add(ks.start / layout.group);
+                    let (len, groups) = (ks.len(), cut.groups());
+                    let part = Part { rows: rows.len(), codes, stride: x_stride, len, scales, groups };
+                    U::lay_out::<X>(&layout, &part, &mut scratch);
                     let ahead = codes.wrapping_add(ROWS * x_stride);
                     let (panels, ks) = (panels.clone(), ks.clone());
                     let sweep = Sweep { job, rows, panels, ks, layout, out, ahead, x_stride };

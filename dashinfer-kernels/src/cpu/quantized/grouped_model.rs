@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::amx_groups::SPLIT;
 use super::blocked::{CODES_4, WORDS};
-use super::grouped::{self, Layout, PART, ROWS, Scratch, Sweep, Unit, X_STRIDE};
+use super::grouped::{self, Layout, PART, Part, ROWS, Scratch, Sweep, Unit, X_STRIDE};
 use super::{Job, Output};
 use crate::quant::PANEL;
 
@@ -17,7 +17,7 @@ pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<us
     unsafe { grouped::product::<Model>(job, rows, panels, out) }
 }
 
-struct Model {
+pub(super) struct Model {
     depth: usize,
 }
 
@@ -87,21 +87,30 @@ impl Unit for Model {
         }
     }
 
-    unsafe fn lay_out<const X: u8>(layout: &Layout, codes: *const u8, len: usize, to: &mut [u8; X_STRIDE]) {
-        let bytes = if X == WORDS { 2 * len } else { len };
-        // SAFETY: the caller's promise.
-        let codes = unsafe { std::slice::from_raw_parts(codes, bytes) };
-        if X != WORDS {
-            to[..len].copy_from_slice(codes);
-            return;
-        }
-        for (i, words) in codes.as_chunks::<64>().0.iter().enumerate() {
-            let split = SPLIT.map(|at| words[usize::from(at)]);
-            if layout.high == 32 {
-                to[i * 64..][..64].copy_from_slice(&split);
-            } else {
-                to[i * 32..][..32].copy_from_slice(&split[..32]);
-                to[PART + i * 32..][..32].copy_from_slice(&split[32..]);
+    unsafe fn lay_out<const X: u8>(layout: &Layout, part: &Part, scratch: &mut Scratch) {
+        let bytes = if X == WORDS { 2 * part.len } else { part.len };
+        let groups = part.len / layout.group;
+        for (row, (to, to_scales)) in scratch.x.iter_mut().zip(&mut scratch.scales).take(part.rows).enumerate() {
+            // SAFETY: the caller's promise.
+            let (codes, scales) = unsafe {
+                (
+                    std::slice::from_raw_parts(part.codes.add(row * part.stride), bytes),
+                    std::slice::from_raw_parts(part.scales.add(row * part.groups), groups),
+                )
+            };
+            to_scales[..groups].copy_from_slice(scales);
+            if X != WORDS {
+                to[..bytes].copy_from_slice(codes);
+                continue;
+            }
+            for (i, words) in codes.as_chunks::<64>().0.iter().enumerate() {
+                let split = SPLIT.map(|at| words[usize::from(at)]);
+                if layout.high == 32 {
+                    to[i * 64..][..64].copy_from_slice(&split);
+                } else {
+                    to[i * 32..][..32].copy_from_slice(&split[..32]);
+                    to[PART + i * 32..][..32].copy_from_slice(&split[32..]);
+                }
             }
         }
     }
