@@ -1,7 +1,7 @@
 //! The loops around tiles that multiply a group at a time: which rows and weights are brought into the layout of tiles when.
 //!
 //! ```text
-//!   for each pair of panels            32 output features
+//!   for each four panels               64 output features
 //!     for each part of k               its weights become signed bytes, in the L1 cache
 //!       for each 16 rows               their part of `x` becomes rows of bytes, there too
 //!         for each panel
@@ -22,7 +22,7 @@ use crate::quant::{Group, PANEL, WeightBits};
 /// Rows of a tile.
 pub(super) const ROWS: usize = 16;
 /// Panels that rows pass over once they are laid out.
-pub(super) const PANELS: usize = 2;
+pub(super) const PANELS: usize = 4;
 /// Input features of a part: whole groups, whatever their size.
 pub(super) const PART: usize = 256;
 /// Groups of a part, at most.
@@ -68,7 +68,7 @@ impl Layout {
         group * self.x_group
     }
 
-    /// Where the weights of step `step` start, groups of the first panel being counted before those of the second. Its tiles are 1024 bytes apart.
+    /// Where the weights of step `step` start, groups of a panel being counted before those of the next. Its tiles are 1024 bytes apart.
     #[inline(always)]
     pub(super) fn weights(&self, step: usize) -> usize {
         step * self.group * PANEL
@@ -104,20 +104,17 @@ pub(super) struct Part {
     pub(super) groups: usize,
 }
 
-/// Up to 16 rows by up to two panels over the groups of a part.
+/// Up to 16 rows by up to four panels over the groups of a part.
 pub(super) struct Sweep<'a> {
     pub(super) job: &'a Job<'a>,
     /// 1 to 16 rows.
     pub(super) rows: Range<usize>,
-    /// One or two panels.
+    /// 1 to [`PANELS`].
     pub(super) panels: Range<usize>,
     /// Whole groups.
     pub(super) ks: Range<usize>,
     pub(super) layout: Layout,
     pub(super) out: Output,
-    /// What the rows behind these have for this part, to be fetched meanwhile; `x_stride` bytes apart. It may point anywhere.
-    pub(super) ahead: *const u8,
-    pub(super) x_stride: usize,
 }
 
 impl Sweep<'_> {
@@ -232,9 +229,8 @@ unsafe fn typed<U: Unit, const X: u8, const CODES: u8, const NARROW: bool>(
                     let (len, groups) = (ks.len(), cut.groups());
                     let part = Part { rows: rows.len(), codes, stride: x_stride, len, scales, groups };
                     U::lay_out::<X>(&layout, &part, &mut scratch);
-                    let ahead = codes.wrapping_add(ROWS * x_stride);
                     let (panels, ks) = (panels.clone(), ks.clone());
-                    let sweep = Sweep { job, rows, panels, ks, layout, out, ahead, x_stride };
+                    let sweep = Sweep { job, rows, panels, ks, layout, out };
                     unit.sweep::<X, NARROW>(&sweep, &mut scratch);
                 }
             }
