@@ -92,6 +92,20 @@ impl TileConfig {
         Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
     }
 
+    /// Tiles for groups: sums of 16 rows by 16 columns in 0 to 3, 16 rows of `depth` bytes of `x` in 4 and 5, and the weights of as many input
+    /// features, four to a row, in 6 and 7.
+    const fn group(depth: usize) -> Self {
+        assert!(depth >= 4 && depth <= ROW_BYTES && depth.is_multiple_of(4), "whole quads, in the bytes of a row");
+        let mut config = Self::block(ROWS, ROWS);
+        let mut side = 0;
+        while side < 2 {
+            config.row_bytes[4 + side] = depth as u16;
+            config.rows[6 + side] = (depth / 4) as u8;
+            side += 1;
+        }
+        config
+    }
+
     /// Sets this thread's tiles to these shapes.
     ///
     /// # Safety
@@ -102,11 +116,20 @@ impl TileConfig {
     }
 }
 
+/// Shapes this thread's tiles for groups, of which a tile takes `depth` input features: 32 or 64.
+///
+/// # Safety
+/// [`is_available`] was true.
+pub(crate) unsafe fn shape_for_groups(depth: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { TileConfig::group(depth).load() }
+}
+
 /// Gives this thread's tiles back, so that the system need not save them.
 ///
 /// # Safety
 /// [`is_available`] was true.
-unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: tiles may be used.
     unsafe { std::arch::asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
 }

@@ -85,6 +85,16 @@ impl Output {
         unsafe { std::slice::from_raw_parts_mut(self.at(row, panels.start), panels.len() * PANEL) }
     }
 
+    /// Where the columns of `panel` in row `row` stand, how many there are, and how many values are between rows.
+    #[inline(always)]
+    #[cfg_attr(
+        not(all(feature = "x86", target_arch = "x86_64")),
+        allow(dead_code, reason = "for variants that load and store under a mask")
+    )]
+    pub(crate) fn place(self, row: usize, panel: usize) -> (*mut f32, usize, usize) {
+        (self.at(row, panel), self.width(panel), self.stride)
+    }
+
     /// Writes the columns of `panel` in row `row`.
     ///
     /// # Safety

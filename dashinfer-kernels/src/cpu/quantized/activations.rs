@@ -207,7 +207,7 @@ impl To {
 }
 
 /// Where the four codes of a quad stand among the words.
-const WORD_PLACES: [usize; 4] = [0, 2, 1, 3];
+pub(super) const WORD_PLACES: [usize; 4] = [0, 2, 1, 3];
 
 /// A row to be rounded.
 pub(super) struct Row<'a> {

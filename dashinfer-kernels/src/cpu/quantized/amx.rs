@@ -1,15 +1,19 @@
-//! AMX: 32 rows by two panels in eight tiles, for bytes without groups. All else, and what is left over, runs on AVX-512.
+//! AMX: 32 rows by two panels in eight tiles, for bytes without groups; [`amx_groups`] for the others. What is left over runs on AVX-512.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::amx::{Block, BlockSums, Place, ROWS, for_blocks, multiply_bytes};
-use super::{Job, Output, avx512};
+use super::{Job, Output, amx_groups, avx512};
 use crate::Scheme;
-use crate::quant::{PANEL, int8};
+use crate::quant::{ActivationBits, PANEL, int8};
 
 /// From this many rows on, tiles pay: with fewer, most of what they multiply is nothing.
 const MIN_ROWS: usize = 17;
+/// As [`MIN_ROWS`], with groups of 8- and of 16-bit activations: from so many rows on, a tile of 16 and bringing weights into its layout take less time than AVX-512.
+const MIN_GROUPED: [usize; 2] = [14, 12];
+/// As [`MIN_GROUPED`], behind tiles that have brought their weights.
+const MIN_LEFT: [usize; 2] = [10, 7];
 /// Input features of a part: rows of as many are left in the L2 cache while all panels pass over them. Between parts, sums go out and come
 /// back, so that few parts are better than many.
 const PART: usize = 2048;
@@ -19,15 +23,24 @@ const PART: usize = 2048;
 /// # Safety
 /// As there; the machine has AMX for int8, and AVX-512 F, BW, VL and VNNI.
 pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
-    let tiles = job.weight.scheme() == Scheme::A8W8;
-    // Blocks of 32 rows, and one of at least 17; the others are left.
-    let left =
-        if tiles { Some(rows.len() % (2 * ROWS)).filter(|left| *left < MIN_ROWS).unwrap_or(0) } else { rows.len() };
+    let scheme = job.weight.scheme();
+    let per_channel = scheme == Scheme::A8W8;
+    let bits = usize::from(scheme.activation_bits() == ActivationBits::Sixteen);
+    let left = if per_channel {
+        // Blocks of 32 rows, and one of at least 17; the others are left.
+        Some(rows.len() % (2 * ROWS)).filter(|left| *left < MIN_ROWS).unwrap_or(0)
+    } else if rows.len() < MIN_GROUPED[bits] || !amx_groups::is_available() {
+        rows.len()
+    } else {
+        // Tiles of 16 rows, and one of fewer if they are enough.
+        Some(rows.len() % ROWS).filter(|left| rows.len() > ROWS && *left < MIN_LEFT[bits]).unwrap_or(0)
+    };
     let middle = rows.end - left;
     // SAFETY: the caller's promise, passed on, for ranges that cover the whole.
     unsafe {
         if middle > rows.start {
-            blocks(job, rows.start..middle, panels.clone(), out);
+            let tiles = if per_channel { blocks } else { amx_groups::product };
+            tiles(job, rows.start..middle, panels.clone(), out);
         }
         if left > 0 {
             avx512::product(job, middle..rows.end, panels, out);

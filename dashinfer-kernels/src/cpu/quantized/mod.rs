@@ -4,6 +4,8 @@ mod activations;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod amx;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod amx_groups;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod avx2_dot;
@@ -13,6 +15,10 @@ mod avx512;
 mod blocked;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod dotprod;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod grouped;
+#[cfg(all(test, feature = "x86", target_arch = "x86_64"))]
+mod grouped_model;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod groups;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
@@ -185,8 +191,45 @@ mod tests {
         out
     }
 
+    /// [`product`] as one task: with more panels than the tasks of small products have.
+    fn at_once(variant: Product, x: &[f32], weight: &QuantizedMatrix, pool: &ThreadPool) -> Vec<f32> {
+        let rows = x.len() / weight.cols();
+        let mut scratch = Activations::default();
+        scratch.fill(x, rows, weight, variant.operand(weight.scheme()), pool).unwrap();
+        let mut out = vec![f32::NAN; rows * weight.rows()];
+        let (job, to) = (Job { x: &scratch, weight }, Output::new(&mut out, weight.rows()));
+        // SAFETY: the machine has what the variant needs; this thread alone writes the output, which has all rows and columns.
+        unsafe { (variant.run)(&job, 0..rows, 0..weight.num_panels(), to) };
+        out
+    }
+
     fn scalar() -> Product {
         best(Isa::Scalar)
+    }
+
+    /// What multiplies groups with AMX, but its instructions in plain Rust.
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    const MODEL: Product = Product { operand: avx512::operand, run: grouped_model::product };
+
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    proptest! {
+        #![proptest_config(crate::random::cases(96))]
+
+        // Up to three tiles of rows and five panels, up to three parts.
+        #[test]
+        fn the_layouts_of_tiles_have_the_bits_of_the_scalar_product(
+            t in 1usize..40, n in 1usize..80, k in 1usize..600, threads in 1usize..3, scheme in 0..Scheme::ALL.len(), bias: bool,
+            seed: u64,
+        ) {
+            let (pool, scheme) = (pool(threads), Scheme::ALL[scheme]);
+            if scheme != Scheme::A8W8 {
+                let matrix = packed(n, k, scheme, bias, seed >> 1, &pool);
+                let x = noise(t * k, !seed);
+                let want = product(scalar(), &x, &matrix, &pool);
+                prop_assert_eq!(&product(MODEL, &x, &matrix, &pool), &want, "{}", scheme);
+                prop_assert_eq!(&at_once(MODEL, &x, &matrix, &pool), &want, "{} at once", scheme);
+            }
+        }
     }
 
     proptest! {
@@ -194,7 +237,7 @@ mod tests {
 
         #[test]
         fn every_variant_has_the_bits_of_the_scalar_one(
-            t in 1usize..20, n in 1usize..50, k in 1usize..300, threads in 1usize..4, scheme in 0..Scheme::ALL.len(), bias: bool,
+            t in 1usize..40, n in 1usize..80, k in 1usize..600, threads in 1usize..4, scheme in 0..Scheme::ALL.len(), bias: bool,
             seed: u64,
         ) {
             let (pool, scheme) = (pool(threads), Scheme::ALL[scheme]);
@@ -203,6 +246,7 @@ mod tests {
             let want = product(scalar(), &x, &matrix, &pool);
             for v in supported(VARIANTS) {
                 prop_assert_eq!(&product(v.run, &x, &matrix, &pool), &want, "{:?} {}", v.isa, scheme);
+                prop_assert_eq!(&at_once(v.run, &x, &matrix, &pool), &want, "{:?} {} at once", v.isa, scheme);
             }
         }
     }
@@ -251,6 +295,25 @@ mod tests {
         }
     }
 
+    /// Few rows take other loops than many, and what is left over behind tiles of 16 and 32 rows others than those before it.
+    #[test]
+    fn any_number_of_rows_gives_a_row_the_same_bits() {
+        let pool = pool(2);
+        let (n, k) = (69, 700);
+        let x = noise(67 * k, 8);
+        for scheme in Scheme::ALL {
+            let matrix = packed(n, k, scheme, true, 6, &pool);
+            for v in supported(VARIANTS).into_iter().filter(|v| v.isa != Isa::Scalar) {
+                let alone: Vec<f32> = x.chunks(k).flat_map(|row| product(v.run, row, &matrix, &pool)).collect();
+                for t in (2..=8).chain([11, 12, 13, 14, 15, 16, 17, 22, 23, 25, 26, 31, 32, 33, 37, 38, 48, 50, 64, 67])
+                {
+                    let some = product(v.run, &x[..t * k], &matrix, &pool);
+                    assert_eq!(some, alone[..t * n], "{:?} {scheme} {t} rows", v.isa);
+                }
+            }
+        }
+    }
+
     /// The largest codes everywhere, of one sign: where sums that are kept in too few bits would overflow.
     #[test]
     fn the_largest_sums_are_exact() {
@@ -261,12 +324,17 @@ mod tests {
                 let bytes = to_bytes(&vec![sign; n * k], DType::F32);
                 let view = MatrixView { bytes: &bytes, dtype: DType::F32, rows: n, cols: k };
                 let matrix = QuantizedMatrix::pack(&[view], None, scheme, &pool).unwrap();
-                let x = vec![1.0; 5 * k];
+                // Enough rows for tiles.
+                let x = vec![1.0; 17 * k];
                 let want = product(scalar(), &x, &matrix, &pool);
                 let exact = sign * k as f32;
                 assert!(want.iter().all(|out| (out / exact - 1.0).abs() < 0.13), "{scheme} {want:?}");
                 for v in supported(VARIANTS) {
                     assert_eq!(product(v.run, &x, &matrix, &pool), want, "{:?} {scheme}", v.isa);
+                }
+                #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+                if scheme != Scheme::A8W8 {
+                    assert_eq!(product(MODEL, &x, &matrix, &pool), want, "{scheme}");
                 }
             }
         }
