@@ -13,6 +13,16 @@ use super::{GroupParams, PANEL, nearest, nearest_whole, stored_scale};
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 8;
 
+/// Steps to the largest weight, for each scale that is tried: fewer of them make a coarser grid that clips less; more of them a finer one that
+/// clips it.
+pub(crate) const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
+
+/// What is taken of the smallest and of the largest weight, for each scale and zero point that are tried.
+pub(crate) const SHRINK: [(f32, f32); 4] = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9)];
+
+/// Values whose squared errors are summed side by side.
+pub(crate) const LANES: usize = 16;
+
 /// Bytes of a panel of `cols` input features, a multiple of 8.
 pub(crate) const fn panel_bytes(cols: usize) -> usize {
     PANEL * cols / 2
@@ -40,8 +50,6 @@ pub(crate) fn place(quads: &mut [u8], lane: usize, codes: &[u8]) {
 /// their variance as error; no sixteen evenly spaced codes around 8 leave less than 0.65 %.
 #[inline(always)]
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
-    // Fewer steps to the largest weight make a coarser grid that clips less; more of them a finer one that clips it.
-    const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
     let (low, high) = range(values);
     let largest = if high > -low { high } else { low };
     // Loops, since closures would be compiled for any machine.
@@ -63,7 +71,6 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
 /// that is clipped.
 #[inline(always)]
 pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParams {
-    const SHRINK: [(f32, f32); 4] = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9)];
     let (low, high) = range(values);
     let (mut scales, mut zeros) = ([half::f16::ZERO; 4], [0.0; 4]);
     let (mut first, mut last) = ([0.0; 4], [0.0; 4]);
@@ -81,9 +88,6 @@ pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParam
     }
     GroupParams { scale, zero: zero as u8 }
 }
-
-/// Values that are treated side by side.
-const LANES: usize = 16;
 
 /// The smallest and the largest value, 0 among them.
 #[inline(always)]

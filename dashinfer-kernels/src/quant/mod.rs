@@ -66,4 +66,4 @@ pub(crate) fn nearest_whole(value: f32) -> f32 {
 }
 
 /// 1.5 · 2²³
-const SHIFT: f32 = 12_582_912.0;
+pub(crate) const SHIFT: f32 = 12_582_912.0;

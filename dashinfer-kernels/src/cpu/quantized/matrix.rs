@@ -8,6 +8,8 @@ use super::super::aligned::AlignedBuf;
 use super::super::linear::{SendPtr, Stack, bias_from_bytes, padded_bias};
 use super::super::pool::ThreadPool;
 use super::super::weight_buf::WeightBuf;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+use super::quantize_avx2;
 use super::stored;
 use crate::dtype::widen;
 use crate::error::check;
@@ -296,7 +298,7 @@ pub(super) fn symmetric_zero(scheme: Scheme) -> u8 {
     }
 }
 
-fn panel_bytes(scheme: Scheme, padded: usize) -> usize {
+pub(super) fn panel_bytes(scheme: Scheme, padded: usize) -> usize {
     match scheme.weight_bits() {
         WeightBits::Eight => int8::panel_bytes(padded),
         WeightBits::Four => int4::panel_bytes(padded),
@@ -339,15 +341,15 @@ pub(crate) fn packed_bytes(scheme: Scheme, rows: usize, cols: usize) -> usize {
 type FillPanel<'a> = dyn Fn(usize, Cut, &mut [u8], &mut [u16], &mut [u8]) -> bool + Sync + 'a;
 
 /// A panel to be quantized.
-struct Panel<'a> {
-    scheme: Scheme,
-    cut: Cut,
-    cols: usize,
-    source: Source<'a>,
+pub(super) struct Panel<'a> {
+    pub(super) scheme: Scheme,
+    pub(super) cut: Cut,
+    pub(super) cols: usize,
+    pub(super) source: Source<'a>,
 }
 
 /// Where the weights of a panel come from.
-enum Source<'a> {
+pub(super) enum Source<'a> {
     /// Up to 16 rows of so many elements of a type.
     Bytes(&'a [&'a [u8]], DType),
     /// The rows of this panel of matrices that give them a tile at a time, or a row of it.
@@ -356,7 +358,7 @@ enum Source<'a> {
 
 impl Source<'_> {
     /// How many rows there are: fewer than 16 in the last panel.
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         match self {
             Self::Bytes(rows, _) => rows.len(),
             Self::Stored(stack, panel) => PANEL.min(stack.rows - panel * PANEL),
@@ -378,10 +380,14 @@ fn best_quantizer() -> Quantizer {
 /// [`quantize_panel`], compiled for AVX2: the same operations on more values at a time.
 ///
 /// # Safety
-/// The machine has AVX2 and F16C.
+/// The machine has AVX2, FMA and F16C.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-#[target_feature(enable = "avx2,f16c")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn quantize_avx2(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
+    if let Some(group) = panel.scheme.group() {
+        // SAFETY: the caller's promise, passed on.
+        return unsafe { quantize_avx2::panel(panel, group, codes, scales, zeros) };
+    }
     quantize_panel(panel, codes, scales, zeros)
 }
 
@@ -441,7 +447,7 @@ fn quantize_group(
 }
 
 #[inline(always)]
-fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
+pub(super) fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
     let Panel { scheme, cut, cols, ref source } = *panel;
     let rows = source.rows();
     let bits = scheme.weight_bits();
