@@ -21,7 +21,7 @@ pub use compensation::{CompensatedCodes, ForEach, InputSums, can_compensate, com
 pub use ggml::{BlockFormat, BlockMatrix};
 pub(crate) use scheme::{ActivationBits, WeightBits};
 pub use scheme::{Group, Scheme, UnknownScheme};
-pub use stored::{CodeBits, CodeLayout, GroupedCodes, StoredMatrix};
+pub use stored::{CodeBits, CodeLayout, CodeWords, GroupedCodes, StoredMatrix};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;

@@ -28,6 +28,7 @@ mod round_avx2;
 mod round_neon;
 mod scalar;
 mod stored;
+mod words;
 
 use std::ops::Range;
 
