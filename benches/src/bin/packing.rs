@@ -465,6 +465,8 @@ impl Drop for Folder {
 
 /// How long this thread has been computing; where the system does not tell, the time.
 fn busy_time(start: Instant) -> Duration {
+    // The system counts at its ticks, milliseconds apart, and when a thread stops.
+    std::thread::sleep(Duration::from_micros(1));
     let told = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
     let nanoseconds = told.and_then(|told| told.split(' ').next()?.parse().ok());
     nanoseconds.map_or_else(|| start.elapsed(), Duration::from_nanos)

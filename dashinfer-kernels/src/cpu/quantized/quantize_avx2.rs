@@ -95,13 +95,17 @@ fn fill(source: &Source<'_>, cols: std::ops::Range<usize>, tile: &mut [f32]) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn turn(rows: &[f32], len: usize, columns: &mut Columns) -> __m256i {
-    let rows: [&[f32]; LANES] = std::array::from_fn(|lane| &rows[lane * len..][..columns.len()]);
+    // Loops, since closures would be compiled for any machine.
+    let mut lines = [&rows[..0]; LANES];
+    for (lane, line) in lines.iter_mut().enumerate() {
+        *line = &rows[lane * len..][..columns.len()];
+    }
     let mut largest = [_mm256_setzero_si256(); 4];
     let unsigned = _mm256_set1_epi32(i32::MAX);
     for (i, columns) in columns.as_chunks_mut::<4>().0.iter_mut().enumerate() {
         let mut quads = [_mm256_setzero_ps(); 4];
         for (j, quad) in quads.iter_mut().enumerate() {
-            let [low, high] = [&rows[j][4 * i..4 * i + 4], &rows[j + 4][4 * i..4 * i + 4]];
+            let [low, high] = [&lines[j][4 * i..4 * i + 4], &lines[j + 4][4 * i..4 * i + 4]];
             // SAFETY: each has four values.
             *quad = unsafe { _mm256_loadu2_m128(high.as_ptr(), low.as_ptr()) };
         }
