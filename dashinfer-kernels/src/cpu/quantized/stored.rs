@@ -69,7 +69,7 @@ pub(super) fn pack_panels(
                 && let Some(words) = words_of(part, scheme)
             {
                 let panels = &mut panel_codes[next..next + whole];
-                words::place(&words, part_rows, part.cols(), panels);
+                words::place(&words, part_rows.start, part.cols(), panels);
                 for panel in panels {
                     panel[int4::panel_bytes(part.cols())..].fill(int4::ZERO * 17);
                 }

@@ -2,10 +2,11 @@
 //!
 //! A word of a panel has eight input features of one output feature, with those that are four apart in one byte ([`int4`](crate::quant::int4)).
 
-use std::ops::Range;
-
 use crate::quant::PANEL;
 use crate::quant::stored::{CodeWords, IN_WORD};
+
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+use sse2::two_octets;
 
 /// Bytes of eight input features of a panel.
 const OCTET: usize = 4 * PANEL;
@@ -13,13 +14,13 @@ const OCTET: usize = 4 * PANEL;
 /// Input features that are moved for one panel before the next: with those of all panels, they stay in the L1 cache.
 const STRETCH: usize = 64;
 
-/// Fills panels whose rows are all there. `rows`: those of the first panel, in a matrix whose words these are. `panels`: the codes of each, of
-/// `cols` input features, a multiple of 8, and perhaps more, which stay what they are.
-pub(super) fn place(words: &CodeWords<'_>, rows: Range<usize>, cols: usize, panels: &mut [&mut [u8]]) {
+/// Fills neighbouring panels whose rows are all there, from row `first_row` on of the matrix whose words these are, a multiple of 8. `panels`: the
+/// codes of each, of `cols` input features, a multiple of 8, and perhaps more, which stay what they are.
+pub(super) fn place(words: &CodeWords<'_>, first_row: usize, cols: usize, panels: &mut [&mut [u8]]) {
     for first in (0..cols).step_by(STRETCH) {
         let octets = first / IN_WORD..cols.min(first + STRETCH) / IN_WORD;
         for (i, panel) in panels.iter_mut().enumerate() {
-            let row = rows.start + i * PANEL;
+            let row = first_row + i * PANEL;
             let to = &mut panel[octets.start * OCTET..octets.end * OCTET];
             match *words {
                 CodeWords::OfPlaces { bytes, octet, row: 1 } => {
@@ -61,22 +62,28 @@ fn in_pairs(word: u32) -> u32 {
 }
 
 /// Octets of input features of a panel: two words for each input feature, the next ones `step` words behind.
-fn of_features(words: &[u8], step: usize, mut to: &mut [u8]) {
-    let mut first = 0;
-    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-    {
-        let (pairs, rest) = to.as_chunks_mut();
-        for pair in pairs {
-            sse2::two_octets(&words[4 * first * step..], step, pair);
-            first += 2 * IN_WORD;
-        }
-        to = rest;
+fn of_features(words: &[u8], step: usize, to: &mut [u8]) {
+    let from = |octet: usize| &words[4 * octet * IN_WORD * step..];
+    let (pairs, rest) = to.as_chunks_mut();
+    for (i, pair) in pairs.iter_mut().enumerate() {
+        two_octets(from(2 * i), step, pair);
     }
-    for to in to.chunks_exact_mut(OCTET) {
-        for (half, to) in to.chunks_exact_mut(OCTET / 2).enumerate() {
-            turned(std::array::from_fn(|i| word(words, (first + i) * step + half)), to);
-        }
-        first += IN_WORD;
+    if !rest.is_empty() {
+        octet(from(2 * pairs.len()), step, rest);
+    }
+}
+
+#[cfg(not(all(feature = "x86", target_arch = "x86_64")))]
+fn two_octets(words: &[u8], step: usize, to: &mut [u8; 2 * OCTET]) {
+    let (first, second) = to.split_at_mut(OCTET);
+    octet(words, step, first);
+    octet(&words[4 * IN_WORD * step..], step, second);
+}
+
+/// One of them.
+fn octet(words: &[u8], step: usize, to: &mut [u8]) {
+    for (half, to) in to.chunks_exact_mut(OCTET / 2).enumerate() {
+        turned(std::array::from_fn(|i| word(words, i * step + half)), to);
     }
 }
 
@@ -100,7 +107,7 @@ mod sse2 {
 
     use super::{IN_WORD, OCTET};
 
-    /// [`turned`](super::turned), of sixteen input features and both octets of a panel.
+    /// [`octet`](super::octet), of sixteen input features and both octets of a panel.
     pub(super) fn two_octets(words: &[u8], step: usize, to: &mut [u8; 2 * OCTET]) {
         assert!(words.len() >= 4 * ((2 * IN_WORD - 1) * step + 2), "words of all input features");
         let load = |i: usize| {
@@ -182,7 +189,7 @@ mod tests {
             let size = int4::panel_bytes(cols);
             let mut packed = vec![0; panels * size];
             let first = before * PANEL;
-            place(&words, first..rows, cols, &mut packed.chunks_mut(size).collect::<Vec<_>>());
+            place(&words, first, cols, &mut packed.chunks_mut(size).collect::<Vec<_>>());
             for row in first..rows {
                 for col in 0..cols {
                     let found = int4::code(&packed[(row - first) / PANEL * size..], row % PANEL, col);
