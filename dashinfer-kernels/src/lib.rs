@@ -30,8 +30,8 @@ pub use dtype::{DType, element, to_f32};
 pub use error::KernelError;
 pub use moe::{Chosen, ExpertGroups, GroupScore, Routing, Scoring, route};
 pub use quant::{
-    BlockFormat, BlockMatrix, CodeBits, CodeLayout, CompensatedCodes, ForEach, Group, GroupedCodes, InputSums, Scheme,
-    StoredMatrix, UnknownScheme, can_compensate, compensate,
+    BlockFormat, BlockMatrix, CodeBits, CodeLayout, CodeWords, CompensatedCodes, ForEach, Group, GroupedCodes,
+    InputSums, Scheme, StoredMatrix, UnknownScheme, can_compensate, compensate,
 };
 pub use sample::{SampleParams, SampleRow, SampleScratch, Sampled, sample_row};
 pub use shared::SharedBytes;

@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use benches::arguments::{self, ArgumentError, Arguments};
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, PoolConfig, to_bytes};
 use dashinfer_kernels::{BlockFormat, DType};
 use dashinfer_models::{
-    Decoder, Gguf, HfConfig, ModelSpec, Quantization, StepLimits, StoredType, TensorInfo, WeightSource,
+    Decoder, Gguf, HfConfig, ModelSpec, StepLimits, StoredType, TensorInfo, WeightCache, WeightSource,
 };
 use serde_json::{Value, json};
 
@@ -27,12 +28,14 @@ second: of the time that the thread was computing, best of several loads, so tha
   --only TEXT           those paths whose names have this in them
   --hidden N            width of the layer, a multiple of 256 (default: 2048); its inner one is four times as wide
   --repeat N            loads of each (default: 5)
+  --digest              print a hash of all that was packed in place of the rate: what makes packing faster changes none of them
 ";
 
 struct Options {
     only: Option<String>,
     hidden: usize,
     repeat: usize,
+    digest: bool,
 }
 
 impl Options {
@@ -42,6 +45,7 @@ impl Options {
             only: args.value("--only")?,
             hidden: count(args.value("--hidden")?, 2048),
             repeat: count(args.value("--repeat")?, 5),
+            digest: args.flag("--digest"),
         };
         args.finish()?;
         if options.hidden.is_multiple_of(256) {
@@ -421,44 +425,113 @@ fn gguf_bytes(numbers: &[(&str, usize)], tensors: &[(&str, Vec<usize>, u32, Vec<
     out
 }
 
+/// A source under a name that does not change, so that what is packed of it may be stored.
+struct Named<'a>(&'a mut dyn WeightSource);
+
+impl WeightSource for Named<'_> {
+    fn names(&self) -> Vec<&str> {
+        self.0.names()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.0.info(name)
+    }
+
+    fn read(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        self.0.read(name)
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some("random weights".to_owned())
+    }
+
+    fn done_with_rows(&self, name: &str, rows: Range<usize>) {
+        self.0.done_with_rows(name, rows);
+    }
+
+    fn release(&mut self, name: &str) {
+        self.0.release(name);
+    }
+}
+
+/// A folder that is removed when it is done with.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// How long this thread has been computing; where the system does not tell, the time.
 fn busy_time(start: Instant) -> Duration {
+    // The system counts at its ticks, milliseconds apart, and when a thread stops.
+    std::thread::sleep(Duration::from_micros(1));
     let told = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
     let nanoseconds = told.and_then(|told| told.split(' ').next()?.parse().ok());
     nanoseconds.map_or_else(|| start.elapsed(), Duration::from_nanos)
 }
 
+/// Loads `model` on one thread.
+fn load(
+    model: &mut Model,
+    quantization: &str,
+    cache: Option<&WeightCache>,
+) -> Result<Decoder<CpuBackend>, Box<dyn Error>> {
+    let pool = PoolConfig { threads: Some(NonZeroUsize::MIN), cores: Vec::new() };
+    let backend = CpuBackend::new(&CpuConfig { pool, ..CpuConfig::default() })?;
+    let (spec, limits) = (model.spec.clone(), StepLimits { max_tokens: 1, max_logit_rows: 1 });
+    let (asked, mut source) = (quantization.parse()?, Named(&mut *model.source));
+    Ok(Decoder::load_with_cache(backend, spec, &mut source, limits, asked, cache, &mut |_| ())?)
+}
+
+/// FNV-1a of the file of all packed buffers.
+fn digest(model: &mut Model, quantization: &str) -> Result<u64, Box<dyn Error>> {
+    let folder = Folder(std::env::temp_dir().join(format!("dashinfer-packing-{}", std::process::id())));
+    load(model, quantization, Some(&WeightCache::new(&folder.0)))?;
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for entry in std::fs::read_dir(&folder.0)? {
+        let bytes = std::fs::read(entry?.path())?;
+        hash = bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    }
+    Ok(hash)
+}
+
+fn becomes(decoder: &Decoder<CpuBackend>, quantization: &str) -> String {
+    let conversions: Vec<_> = decoder.conversions().iter().map(ToString::to_string).collect();
+    if conversions.is_empty() {
+        (if quantization == "none" { "as stored" } else { quantization }).to_owned()
+    } else {
+        conversions.join("; ")
+    }
+}
+
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
-    println!("{:<14} {:<14} {:<40} {:>9} {:>14}", "stored", "asked for", "becomes", "MB", "a core");
+    let last = if options.digest { "digest" } else { "a core" };
+    println!("{:<14} {:<14} {:<40} {:>9} {:>16}", "stored", "asked for", "becomes", "MB", last);
     for (stored, quantization) in PATHS {
         let name = format!("{stored} {quantization}");
         if options.only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
             continue;
         }
         let mut model = Model::new(stored, options.hidden)?;
-        let (mut best, mut becomes) = (Duration::MAX, String::new());
-        for _ in 0..options.repeat {
-            let pool = PoolConfig { threads: Some(NonZeroUsize::MIN), cores: Vec::new() };
-            let backend = CpuBackend::new(&CpuConfig { pool, ..CpuConfig::default() })?;
-            let (spec, limits) = (model.spec.clone(), StepLimits { max_tokens: 1, max_logit_rows: 1 });
-            let asked: Quantization = quantization.parse()?;
+        let (mut best, mut form) = (Duration::MAX, String::new());
+        for _ in 0..if options.digest { 1 } else { options.repeat } {
             let before = busy_time(start);
-            let decoder = Decoder::load(backend, spec, &mut *model.source, limits, asked, &mut |_| ())?;
+            let decoder = load(&mut model, quantization, None)?;
             best = best.min(busy_time(start) - before);
-            let conversions: Vec<_> = decoder.conversions().iter().map(ToString::to_string).collect();
-            becomes = if conversions.is_empty() {
-                (if quantization == "none" { "as stored" } else { quantization }).to_owned()
-            } else {
-                conversions.join("; ")
-            };
+            form = becomes(&decoder, quantization);
         }
-        let rate = model.bytes as f64 / best.as_secs_f64() / 1e9;
+        let found = if options.digest {
+            format!("{:016x}", digest(&mut model, quantization)?)
+        } else {
+            format!("{:.2} GB/s", model.bytes as f64 / best.as_secs_f64() / 1e9)
+        };
         println!(
-            "{:<14} {quantization:<14} {becomes:<40} {:>9.1} {:>14}",
+            "{:<14} {quantization:<14} {form:<40} {:>9.1} {found:>16}",
             stored.to_string(),
-            model.bytes as f64 / 1e6,
-            format!("{rate:.2} GB/s")
+            model.bytes as f64 / 1e6
         );
     }
     Ok(())

@@ -13,6 +13,16 @@ use super::{GroupParams, PANEL, nearest, nearest_whole, stored_scale};
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 8;
 
+/// Steps to the largest weight, for each scale that is tried: fewer of them make a coarser grid that clips less; more of them a finer one that
+/// clips it.
+pub(crate) const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
+
+/// What is taken of the smallest and of the largest weight, for each scale and zero point that are tried.
+pub(crate) const SHRINK: [(f32, f32); 4] = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9)];
+
+/// Values whose squared errors are summed side by side.
+pub(crate) const LANES: usize = 16;
+
 /// Bytes of a panel of `cols` input features, a multiple of 8.
 pub(crate) const fn panel_bytes(cols: usize) -> usize {
     PANEL * cols / 2
@@ -28,9 +38,26 @@ pub(crate) fn code(panel: &[u8], lane: usize, k: usize) -> u8 {
 #[inline(always)]
 pub(crate) fn place(quads: &mut [u8], lane: usize, codes: &[u8]) {
     for (quads, codes) in quads.as_chunks_mut::<64>().0.iter_mut().zip(codes.as_chunks::<8>().0) {
-        let [even, odd] = [0, 4].map(|at| u32::from_le_bytes([codes[at], codes[at + 1], codes[at + 2], codes[at + 3]]));
-        quads[lane * 4..][..4].copy_from_slice(&(even | odd << 4).to_le_bytes());
+        quads[lane * 4..][..4].copy_from_slice(&in_pairs(*codes));
     }
+}
+
+/// The same for all output features of a panel, `[16][input features]`.
+pub(crate) fn place_all(quads: &mut [u8], codes: &[u8]) {
+    let len = codes.len() / PANEL;
+    let lanes: [&[[u8; 8]]; PANEL] = std::array::from_fn(|lane| codes[lane * len..][..len].as_chunks().0);
+    for (i, quads) in quads.as_chunks_mut::<64>().0.iter_mut().take(len / 8).enumerate() {
+        for (lane, to) in lanes.iter().zip(quads.as_chunks_mut().0) {
+            *to = in_pairs(lane[i]);
+        }
+    }
+}
+
+/// Eight codes in four bytes.
+#[inline(always)]
+fn in_pairs(codes: [u8; 8]) -> [u8; 4] {
+    let codes = u64::from_le_bytes(codes);
+    ((codes | codes >> 28) as u32).to_le_bytes()
 }
 
 /// Rounds a group to codes 0 to 15 around 8. The weight of the largest size is about code 0, so that all sixteen codes are in reach;
@@ -40,8 +67,6 @@ pub(crate) fn place(quads: &mut [u8], lane: usize, codes: &[u8]) {
 /// their variance as error; no sixteen evenly spaced codes around 8 leave less than 0.65 %.
 #[inline(always)]
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
-    // Fewer steps to the largest weight make a coarser grid that clips less; more of them a finer one that clips it.
-    const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
     let (low, high) = range(values);
     let largest = if high > -low { high } else { low };
     // Loops, since closures would be compiled for any machine.
@@ -63,7 +88,6 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
 /// that is clipped.
 #[inline(always)]
 pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParams {
-    const SHRINK: [(f32, f32); 4] = [(1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9)];
     let (low, high) = range(values);
     let (mut scales, mut zeros) = ([half::f16::ZERO; 4], [0.0; 4]);
     let (mut first, mut last) = ([0.0; 4], [0.0; 4]);
@@ -81,9 +105,6 @@ pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParam
     }
     GroupParams { scale, zero: zero as u8 }
 }
-
-/// Values that are treated side by side.
-const LANES: usize = 16;
 
 /// The smallest and the largest value, 0 among them.
 #[inline(always)]
@@ -229,5 +250,14 @@ mod tests {
         assert_eq!(panel[8..12], [0x40, 0x51, 0x62, 0x73]);
         assert_eq!(panel[72..76], [0xc8, 0xd9, 0xea, 0xfb]);
         assert_eq!((0..16).map(|k| code(&panel, 2, k)).collect::<Vec<_>>(), codes);
+    }
+
+    #[test]
+    fn all_features_are_placed_as_each_of_them() {
+        let codes: Vec<u8> = (0..PANEL * 24).map(|i| (i * 7 + i / 16) as u8 & 15).collect();
+        let [mut found, mut wanted] = [(); 2].map(|()| vec![255; panel_bytes(24)]);
+        place_all(&mut found, &codes);
+        codes.chunks(24).enumerate().for_each(|(lane, codes)| place(&mut wanted, lane, codes));
+        assert_eq!(found, wanted);
     }
 }

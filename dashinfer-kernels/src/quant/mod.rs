@@ -21,7 +21,7 @@ pub use compensation::{CompensatedCodes, ForEach, InputSums, can_compensate, com
 pub use ggml::{BlockFormat, BlockMatrix};
 pub(crate) use scheme::{ActivationBits, WeightBits};
 pub use scheme::{Group, Scheme, UnknownScheme};
-pub use stored::{CodeBits, CodeLayout, GroupedCodes, StoredMatrix};
+pub use stored::{CodeBits, CodeLayout, CodeWords, GroupedCodes, StoredMatrix};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -66,4 +66,4 @@ pub(crate) fn nearest_whole(value: f32) -> f32 {
 }
 
 /// 1.5 · 2²³
-const SHIFT: f32 = 12_582_912.0;
+pub(crate) const SHIFT: f32 = 12_582_912.0;

@@ -113,6 +113,32 @@ impl Scheme {
     }
 }
 
+/// 4-bit codes of a word.
+pub(crate) const IN_WORD: usize = 8;
+
+/// All 4-bit codes of a matrix where they stand, eight to a word of 32 bits, little endian, so that words can be moved in place of codes.
+#[derive(Debug, Clone, Copy)]
+pub enum CodeWords<'a> {
+    /// A word has the codes of eight neighbouring places, lowest bits first, of one output feature: those of places `8 i ..` of feature `r` are
+    /// word `i · octet + r · row`.
+    OfPlaces {
+        /// All words.
+        bytes: &'a [u8],
+        /// Words from eight places to the next eight.
+        octet: usize,
+        /// Words from an output feature to the next.
+        row: usize,
+    },
+    /// A word has the codes of output features 0 2 4 6 1 3 5 7 of eight, lowest bits first, at one place: those of features `8 i ..` at place `p` are
+    /// word `p · col + i`.
+    OfFeatures {
+        /// All words.
+        bytes: &'a [u8],
+        /// Words from a place to the next.
+        col: usize,
+    },
+}
+
 /// A weight matrix `[rows, cols]` as some format stores it. It writes all of a tile, row-major.
 pub trait StoredMatrix: Sync {
     /// Output features.
@@ -146,6 +172,11 @@ pub trait StoredMatrix: Sync {
     /// The codes of output features `rows` at `places`. They are within their bits. Called only if there is a
     /// [`layout`](Self::layout).
     fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]);
+
+    /// The codes of all places, if they stand in words, whole ones. Asked only of a matrix with a [`layout`](Self::layout) of 4 bits.
+    fn words(&self) -> Option<CodeWords<'_>> {
+        None
+    }
 
     /// The scales of `rows` in `group`, and their zero points, which are [in the middle](CodeBits::middle) already and stay so in a
     /// layout without any. Called only if there is a [`layout`](Self::layout).

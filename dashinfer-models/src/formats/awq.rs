@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use dashinfer_kernels::{CodeBits, CodeLayout, StoredMatrix};
+use dashinfer_kernels::{CodeBits, CodeLayout, CodeWords, StoredMatrix};
 
 use super::{
     I32, Module, Raw, StoredModule, Types, WeightsError, bits_and_group,
@@ -175,6 +175,12 @@ impl Unpack for Words<'_> {
             }
             row = end;
         }
+    }
+
+    fn words(&self) -> Option<CodeWords<'_>> {
+        // A line ends within a word unless features are whole words.
+        let whole = self.rows.is_multiple_of(8);
+        whole.then(|| CodeWords::OfFeatures { bytes: &self.qweight.bytes, col: self.rows / 8 })
     }
 
     fn scale(&self, row: usize, group: usize) -> f32 {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use dashinfer_kernels::{CodeBits, CodeLayout, StoredMatrix};
+use dashinfer_kernels::{CodeBits, CodeLayout, CodeWords, StoredMatrix};
 
 /// Takes codes out of the words of a format.
 pub(super) trait Unpack: Sync {
@@ -11,6 +11,11 @@ pub(super) trait Unpack: Sync {
 
     /// The codes of one input feature of `rows`, `stride` apart.
     fn column(&self, rows: Range<usize>, col: usize, out: &mut [u8], stride: usize);
+
+    /// See [`StoredMatrix::words`], of the features in their order.
+    fn words(&self) -> Option<CodeWords<'_>> {
+        None
+    }
 
     fn scale(&self, row: usize, group: usize) -> f32;
 
@@ -91,6 +96,10 @@ impl<U: Unpack> StoredMatrix for Codes<'_, U> {
         for (at, &col) in order[places].iter().enumerate() {
             self.unpack.column(rows.clone(), col as usize, &mut out[at..], len);
         }
+    }
+
+    fn words(&self) -> Option<CodeWords<'_>> {
+        if self.order.is_none() { self.unpack.words() } else { None }
     }
 
     fn params(&self, rows: Range<usize>, group: usize, scales: &mut [f32], zeros: &mut [u8]) {

@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use dashinfer_kernels::{CodeBits, CodeLayout, StoredMatrix};
+use dashinfer_kernels::{CodeBits, CodeLayout, CodeWords, StoredMatrix};
 
 use super::{
     I32, Module, Raw, StoredModule, Types, WeightsError, bits_and_group,
@@ -253,6 +253,10 @@ impl Unpack for Words<'_> {
         for (row, out) in rows.zip(out.iter_mut().step_by(stride.max(1))) {
             *out = code_of(self.packed.word(row * self.width + col / per), self.bits, col % per);
         }
+    }
+
+    fn words(&self) -> Option<CodeWords<'_>> {
+        Some(CodeWords::OfPlaces { bytes: &self.packed.bytes, octet: 1, row: self.width })
     }
 
     fn scale(&self, row: usize, group: usize) -> f32 {

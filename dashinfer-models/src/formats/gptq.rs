@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use dashinfer_kernels::{CodeBits, CodeLayout, StoredMatrix};
+use dashinfer_kernels::{CodeBits, CodeLayout, CodeWords, StoredMatrix};
 
 use super::{
     I32, Module, Raw, StoredModule, Types, WeightsError, bits_and_group,
@@ -168,6 +168,10 @@ impl Unpack for Words<'_> {
         for (out, row) in out.iter_mut().step_by(stride.max(1)).zip(rows) {
             *out = code_of(word(&self.qweight.bytes, col / per * self.rows + row), self.bits, col % per);
         }
+    }
+
+    fn words(&self) -> Option<CodeWords<'_>> {
+        Some(CodeWords::OfPlaces { bytes: &self.qweight.bytes, octet: self.rows, row: 1 })
     }
 
     fn scale(&self, row: usize, group: usize) -> f32 {

@@ -1,5 +1,6 @@
 //! [`QuantizedMatrix`]: codes in panels, scales and zero points beside them.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::f16;
@@ -8,6 +9,8 @@ use super::super::aligned::AlignedBuf;
 use super::super::linear::{SendPtr, Stack, bias_from_bytes, padded_bias};
 use super::super::pool::ThreadPool;
 use super::super::weight_buf::WeightBuf;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
+use super::quantize_avx2;
 use super::stored;
 use crate::dtype::widen;
 use crate::error::check;
@@ -19,6 +22,9 @@ use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes, StoredMatr
 /// Input features of a row that are brought to f32 at a time where groups allow it: the codes of all rows of a panel then stay in
 /// the L1 cache until their lines are full.
 const STRETCH: usize = 512;
+
+/// So that threads end at about the same time.
+const TASKS_PER_THREAD: usize = 4;
 
 /// A weight matrix `[N, K]` of a [`Scheme`], and its bias.
 #[derive(Debug)]
@@ -54,8 +60,8 @@ impl QuantizedMatrix {
         let stack = Stack::new(parts, bias)?;
         let (cols, dtype) = (stack.cols, stack.dtype);
         let quantize = best_quantizer();
-        Self::build([stack.rows, cols], scheme, bias, None, pool, &|panel, cut, codes, scales, zeros| {
-            let rows: Vec<&[u8]> = stack.panel(panel).collect();
+        Self::build([stack.rows, cols], scheme, bias, None, pool, 1, &|panels, cut, codes, scales, zeros| {
+            let rows: Vec<&[u8]> = stack.panel(panels.start).collect();
             let panel = Panel { scheme, cut, cols, source: Source::Bytes(&rows, dtype) };
             // SAFETY: the variant was chosen for this machine.
             unsafe { quantize(&panel, codes, scales, zeros) }
@@ -80,27 +86,31 @@ impl QuantizedMatrix {
                 check_order("pack", order, stack.cols)?;
             }
             let order = stack.order().map(<[u32]>::to_vec);
-            return Self::build(shape, scheme, bias, order, pool, &|panel, cut, codes, scales, zeros| {
-                stored::pack_panel(&stack, panel, scheme, cut, codes, scales, zeros)
+            // Some tasks are left for each thread.
+            let tasks = stack.rows.div_ceil(PANEL) / (TASKS_PER_THREAD * pool.num_threads());
+            let together = stored::panels_together(&stack, scheme).min(tasks).max(1);
+            return Self::build(shape, scheme, bias, order, pool, together, &|panels, cut, codes, scales, zeros| {
+                stored::pack_panels(&stack, panels, scheme, cut, codes, scales, zeros)
             });
         }
         let quantize = best_quantizer();
-        Self::build(shape, scheme, bias, None, pool, &|panel, cut, codes, scales, zeros| {
-            let panel = Panel { scheme, cut, cols: stack.cols, source: Source::Stored(&stack, panel) };
+        Self::build(shape, scheme, bias, None, pool, 1, &|panels, cut, codes, scales, zeros| {
+            let panel = Panel { scheme, cut, cols: stack.cols, source: Source::Stored(&stack, panels.start) };
             // SAFETY: the variant was chosen for this machine.
             unsafe { quantize(&panel, codes, scales, zeros) }
         })
     }
 
-    /// Calls `fill` for each panel with its number, how its input features are cut, and its codes, scales and zero points, to be written.
-    /// It says whether all weights were finite.
+    /// Calls `fill` for all panels, `together` at a time, with their numbers, how their input features are cut, and their codes, scales and zero
+    /// points, to be written. It says whether all weights were finite.
     fn build(
         [rows, cols]: [usize; 2],
         scheme: Scheme,
         bias: Option<&[f32]>,
         order: Option<Vec<u32>>,
         pool: &ThreadPool,
-        fill: &FillPanel<'_>,
+        together: usize,
+        fill: &FillPanels<'_>,
     ) -> Result<Self, KernelError> {
         check_cols(scheme, cols)?;
         let (cut, panels) = (Cut::new(scheme, cols), rows.div_ceil(PANEL));
@@ -111,21 +121,20 @@ impl QuantizedMatrix {
         let (to_codes, to_scales, to_zeros) =
             (SendPtr(codes.as_mut_ptr()), SendPtr(scales.as_mut_ptr()), SendPtr(zeros.as_mut_ptr()));
         let (panel_bytes, panel_params) = (panel_bytes(scheme, cut.padded), cut.scale_groups * PANEL);
-        let has_zeros = scheme.has_zero_points();
         let finite = AtomicBool::new(true);
-        pool.run(panels, &|panel, _| {
-            // SAFETY: panels are disjoint, and the buffers hold `panels` of them.
+        let panel_zeros = if scheme.has_zero_points() { panel_params } else { 0 };
+        pool.run(panels.div_ceil(together), &|task, _| {
+            let (first, end) = (task * together, panels.min((task + 1) * together));
+            let count = end - first;
+            // SAFETY: the panels of tasks are disjoint, and the buffers hold `panels` of them.
             let (codes, scales, zeros) = unsafe {
                 (
-                    std::slice::from_raw_parts_mut(to_codes.get().add(panel * panel_bytes), panel_bytes),
-                    std::slice::from_raw_parts_mut(to_scales.get().add(panel * panel_params), panel_params),
-                    std::slice::from_raw_parts_mut(
-                        to_zeros.get().add(if has_zeros { panel * panel_params } else { 0 }),
-                        if has_zeros { panel_params } else { 0 },
-                    ),
+                    std::slice::from_raw_parts_mut(to_codes.get().add(first * panel_bytes), count * panel_bytes),
+                    std::slice::from_raw_parts_mut(to_scales.get().add(first * panel_params), count * panel_params),
+                    std::slice::from_raw_parts_mut(to_zeros.get().add(first * panel_zeros), count * panel_zeros),
                 )
             };
-            if !fill(panel, cut, codes, scales, zeros) {
+            if !fill(first..end, cut, codes, scales, zeros) {
                 finite.store(false, Ordering::Relaxed);
             }
         });
@@ -296,7 +305,7 @@ pub(super) fn symmetric_zero(scheme: Scheme) -> u8 {
     }
 }
 
-fn panel_bytes(scheme: Scheme, padded: usize) -> usize {
+pub(super) fn panel_bytes(scheme: Scheme, padded: usize) -> usize {
     match scheme.weight_bits() {
         WeightBits::Eight => int8::panel_bytes(padded),
         WeightBits::Four => int4::panel_bytes(padded),
@@ -335,19 +344,19 @@ pub(crate) fn packed_bytes(scheme: Scheme, rows: usize, cols: usize) -> usize {
     sizes.codes.saturating_add(sizes.scales.saturating_mul(2)).saturating_add(sizes.zeros)
 }
 
-/// Fills a panel: `(its number, cut, codes, scales, zeros)`; whether all weights were finite.
-type FillPanel<'a> = dyn Fn(usize, Cut, &mut [u8], &mut [u16], &mut [u8]) -> bool + Sync + 'a;
+/// Fills panels: `(their numbers, cut, codes, scales, zeros)`; whether all weights were finite.
+type FillPanels<'a> = dyn Fn(Range<usize>, Cut, &mut [u8], &mut [u16], &mut [u8]) -> bool + Sync + 'a;
 
 /// A panel to be quantized.
-struct Panel<'a> {
-    scheme: Scheme,
-    cut: Cut,
-    cols: usize,
-    source: Source<'a>,
+pub(super) struct Panel<'a> {
+    pub(super) scheme: Scheme,
+    pub(super) cut: Cut,
+    pub(super) cols: usize,
+    pub(super) source: Source<'a>,
 }
 
 /// Where the weights of a panel come from.
-enum Source<'a> {
+pub(super) enum Source<'a> {
     /// Up to 16 rows of so many elements of a type.
     Bytes(&'a [&'a [u8]], DType),
     /// The rows of this panel of matrices that give them a tile at a time, or a row of it.
@@ -356,7 +365,7 @@ enum Source<'a> {
 
 impl Source<'_> {
     /// How many rows there are: fewer than 16 in the last panel.
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         match self {
             Self::Bytes(rows, _) => rows.len(),
             Self::Stored(stack, panel) => PANEL.min(stack.rows - panel * PANEL),
@@ -378,10 +387,14 @@ fn best_quantizer() -> Quantizer {
 /// [`quantize_panel`], compiled for AVX2: the same operations on more values at a time.
 ///
 /// # Safety
-/// The machine has AVX2 and F16C.
+/// The machine has AVX2, FMA and F16C.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-#[target_feature(enable = "avx2,f16c")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn quantize_avx2(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
+    if let Some(group) = panel.scheme.group() {
+        // SAFETY: the caller's promise, passed on.
+        return unsafe { quantize_avx2::panel(panel, group, codes, scales, zeros) };
+    }
     quantize_panel(panel, codes, scales, zeros)
 }
 
@@ -441,7 +454,7 @@ fn quantize_group(
 }
 
 #[inline(always)]
-fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
+pub(super) fn quantize_panel(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
     let Panel { scheme, cut, cols, ref source } = *panel;
     let rows = source.rows();
     let bits = scheme.weight_bits();

@@ -27,11 +27,14 @@ mod matrix;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod neon;
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+mod quantize_avx2;
+#[cfg(all(feature = "x86", target_arch = "x86_64"))]
 mod round_avx2;
 #[cfg(all(feature = "arm", target_arch = "aarch64"))]
 mod round_neon;
 mod scalar;
 mod stored;
+mod words;
 
 use std::ops::Range;
 

@@ -2,29 +2,99 @@
 
 use std::ops::Range;
 
+use super::super::aligned::CACHE_LINE;
+use super::matrix::{panel_bytes, symmetric_zero};
+use super::words;
 use crate::quant::activations::Cut;
-use crate::quant::stored::StoredStack;
-use crate::quant::{CodeBits, CodeLayout, PANEL, Scheme, StoredMatrix, WeightBits, int4, int8, stored_scale};
+use crate::quant::stored::{IN_WORD, StoredStack};
+use crate::quant::{
+    CodeBits, CodeLayout, CodeWords, PANEL, Scheme, StoredMatrix, WeightBits, int4, int8, stored_scale,
+};
 
 /// Places whose codes are read at a time; whole groups of any scheme that has them.
 const STRETCH: usize = 512;
 
-/// Fills panel `panel` of a matrix whose scheme [fits](StoredStack::fits) `stack`. Whether all scales were finite.
-pub(super) fn pack_panel(
+/// How many panels are best filled together: those whose words share cache lines.
+pub(super) fn panels_together(stack: &StoredStack<'_>, scheme: Scheme) -> usize {
+    let mut together = 1;
+    stack.each(0..stack.rows, |part, _, _| {
+        if let Some(CodeWords::OfFeatures { .. }) = words_of(part, scheme) {
+            together = CACHE_LINE * 2 / PANEL;
+        }
+    });
+    together
+}
+
+/// The words of a part, if those of the scheme can be made of them.
+fn words_of(part: &dyn StoredMatrix, scheme: Scheme) -> Option<CodeWords<'_>> {
+    let four = part.layout().is_some_and(|layout| layout.bits == CodeBits::Four);
+    if four && scheme.weight_bits() == WeightBits::Four { part.words() } else { None }
+}
+
+/// Fills `panels` of a matrix whose scheme [fits](StoredStack::fits) `stack`. Whether all scales were finite.
+pub(super) fn pack_panels(
     stack: &StoredStack<'_>,
-    panel: usize,
+    panels: Range<usize>,
     scheme: Scheme,
     cut: Cut,
     codes: &mut [u8],
     scales: &mut [u16],
     zeros: &mut [u8],
 ) -> bool {
-    let rows = panel * PANEL..stack.rows.min((panel + 1) * PANEL);
-    let params = Params::read(stack, rows.clone(), scheme, cut, scales, zeros);
-    let middle = match scheme.weight_bits() {
-        WeightBits::Four => int4::ZERO,
-        WeightBits::Eight => int8::ZERO,
-    };
+    let mut finite = true;
+    let panel_rows = |panel: usize| panel * PANEL..stack.rows.min((panel + 1) * PANEL);
+    let num_scales = cut.scale_groups * PANEL;
+    let num_zeros = if scheme.has_zero_points() { num_scales } else { 0 };
+    let params: Vec<_> = (panels.clone().enumerate())
+        .map(|(i, panel)| {
+            let scales = &mut scales[i * num_scales..][..num_scales];
+            let zeros = &mut zeros[i * num_zeros..][..num_zeros];
+            let params = Params::read(stack, panel_rows(panel), scheme, cut, scales, zeros);
+            finite &= params.finite;
+            params
+        })
+        .collect();
+    let mut panel_codes: Vec<&mut [u8]> = codes.chunks_mut(panel_bytes(scheme, cut.padded).max(1)).collect();
+    // Runs of panels whose rows are one part's, and all there, have their words moved.
+    let mut next = 0;
+    while next < panels.len() {
+        let rows = (panels.start + next) * PANEL..stack.rows.min(panels.end * PANEL);
+        let mut moved = 0;
+        stack.each(rows, |part, part_rows, places| {
+            let whole = part_rows.len() / PANEL;
+            let aligned = part_rows.start.is_multiple_of(IN_WORD) && part.cols().is_multiple_of(IN_WORD);
+            if places.start == 0
+                && whole > 0
+                && aligned
+                && let Some(words) = words_of(part, scheme)
+            {
+                let panels = &mut panel_codes[next..next + whole];
+                words::place(&words, part_rows.start, part.cols(), panels);
+                for panel in panels {
+                    panel[int4::panel_bytes(part.cols())..].fill(int4::ZERO * 17);
+                }
+                moved = whole;
+            }
+        });
+        if moved == 0 {
+            pack_codes(stack, panel_rows(panels.start + next), scheme, cut, &params[next], panel_codes[next]);
+            moved = 1;
+        }
+        next += moved;
+    }
+    finite
+}
+
+/// Fills the codes of a panel.
+fn pack_codes(
+    stack: &StoredStack<'_>,
+    rows: Range<usize>,
+    scheme: Scheme,
+    cut: Cut,
+    params: &Params,
+    codes: &mut [u8],
+) {
+    let middle = symmetric_zero(scheme);
     let mut tile = [0u8; PANEL * STRETCH];
     let mut row_codes = [0u8; STRETCH];
     for first in (0..cut.padded).step_by(STRETCH) {
@@ -34,11 +104,11 @@ pub(super) fn pack_panel(
             let stored = &mut tile[lanes.start * places.len()..lanes.end * places.len()];
             part.codes(part_rows, places.clone(), stored);
         });
-        let bits = |cols| match scheme.weight_bits() {
-            WeightBits::Four => int4::panel_bytes(cols),
-            WeightBits::Eight => int8::panel_bytes(cols),
-        };
-        let quads = &mut codes[bits(first)..bits(first + len)];
+        let quads = &mut codes[panel_bytes(scheme, first)..panel_bytes(scheme, first + len)];
+        if scheme.weight_bits() == WeightBits::Four && rows.len() == PANEL && places.len() == len {
+            int4::place_all(quads, &tile[..PANEL * len]);
+            continue;
+        }
         for lane in 0..PANEL {
             let stored = if lane < rows.len() { &mut tile[lane * places.len()..][..places.len()] } else { &mut [] };
             params.centre(lane, first, stored);
@@ -57,7 +127,6 @@ pub(super) fn pack_panel(
             }
         }
     }
-    params.finite
 }
 
 /// What becomes of the codes of a panel.
@@ -144,6 +213,7 @@ fn stored_params(
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroUsize;
+    use std::ops::Range;
 
     use proptest::prelude::*;
 
@@ -155,8 +225,8 @@ mod tests {
     use crate::quant::stored_scale;
     use crate::random::{SplitMix64, noise};
     use crate::{
-        Backend, CodeBits, CodeLayout, DType, GroupedCodes, KernelError, MatrixView, PackedShape, Scheme, SharedBytes,
-        StoredMatrix,
+        Backend, CodeBits, CodeLayout, CodeWords, DType, Group, GroupedCodes, KernelError, MatrixView, PackedShape,
+        Scheme, SharedBytes, StoredMatrix,
     };
 
     /// Random codes in memory, with scales that f16 holds.
@@ -204,6 +274,65 @@ mod tests {
                 }
             }
             weights
+        }
+    }
+
+    /// The same codes, which say that they stand in words.
+    struct InWords<'a> {
+        codes: GroupedCodes<'a>,
+        bytes: Vec<u8>,
+        of_features: bool,
+    }
+
+    impl<'a> InWords<'a> {
+        fn new(codes: &'a Codes, of_features: bool) -> Self {
+            let [rows, cols] = codes.shape;
+            let mut words = vec![0u32; rows * cols / 8];
+            for (i, code) in codes.codes.iter().enumerate() {
+                let (row, col, code) = (i / cols, i % cols, u32::from(*code));
+                if of_features {
+                    words[col * (rows / 8) + row / 8] |= code << (4 * [0, 4, 1, 5, 2, 6, 3, 7][row % 8]);
+                } else {
+                    words[col / 8 * rows + row] |= code << (4 * (col % 8));
+                }
+            }
+            let bytes = words.into_iter().flat_map(u32::to_le_bytes).collect();
+            Self { codes: codes.matrix(), bytes, of_features }
+        }
+    }
+
+    impl StoredMatrix for InWords<'_> {
+        fn rows(&self) -> usize {
+            self.codes.rows()
+        }
+
+        fn cols(&self) -> usize {
+            self.codes.cols()
+        }
+
+        fn layout(&self) -> Option<CodeLayout> {
+            self.codes.layout()
+        }
+
+        fn values(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+            self.codes.values(rows, cols, out);
+        }
+
+        fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+            self.codes.codes(rows, places, out);
+        }
+
+        fn words(&self) -> Option<CodeWords<'_>> {
+            let (bytes, rows) = (&self.bytes[..], self.rows());
+            Some(if self.of_features {
+                CodeWords::OfFeatures { bytes, col: rows / 8 }
+            } else {
+                CodeWords::OfPlaces { bytes, octet: rows, row: 1 }
+            })
+        }
+
+        fn params(&self, rows: Range<usize>, group: usize, scales: &mut [f32], zeros: &mut [u8]) {
+            self.codes.params(rows, group, scales, zeros);
         }
     }
 
@@ -267,6 +396,26 @@ mod tests {
                     prop_assert!((f64::from(*found) - exact).abs() <= f64::from(size * step), "{} {}", found, exact);
                 }
             }
+        }
+
+        /// Panels of one part and panels of several, one at a time and together.
+        #[test]
+        fn words_make_the_panels_that_codes_make(
+            octets in [1usize..60, 1usize..4, 1usize..60], cols in 1usize..40, of_features: [bool; 3], zero_points: bool,
+            group in prop::sample::select(&[Group::G32, Group::G64, Group::G128][..]), seed: u64,
+        ) {
+            let (cols, layout) = (8 * cols, CodeLayout { bits: CodeBits::Four, group: Some(128), zero_points });
+            let parts: Vec<_> =
+                (0..3).map(|i| Codes::new([8 * octets[i], cols], layout, false, seed ^ i as u64)).collect();
+            let plain: Vec<_> = parts.iter().map(Codes::matrix).collect();
+            let words: Vec<_> = parts.iter().zip(of_features).map(|(codes, of)| InWords::new(codes, of)).collect();
+            let scheme = Scheme::A16W4 { group, zero_point: zero_points };
+            let one = ThreadPool::new(&PoolConfig { threads: NonZeroUsize::new(1), cores: Vec::new() }).unwrap();
+            let wanted: Vec<&dyn StoredMatrix> = plain.iter().map(|matrix| matrix as _).collect();
+            let found: Vec<&dyn StoredMatrix> = words.iter().map(|matrix| matrix as _).collect();
+            let wanted = QuantizedMatrix::pack_stored(&wanted, None, scheme, &one).unwrap();
+            let found = QuantizedMatrix::pack_stored(&found, None, scheme, &one).unwrap();
+            prop_assert!(found.buffers() == wanted.buffers());
         }
 
         /// As those of the same values in f32.

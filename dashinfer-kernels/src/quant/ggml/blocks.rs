@@ -95,7 +95,12 @@ pub(super) fn mxfp4(block: &[u8], out: &mut [f32]) {
 
 /// The codes of [`q4_0`], less 8.
 pub(super) fn q4_0_codes(block: &[u8]) -> [i8; LEN] {
-    nibbles(&block[2..]).map(|code| code.cast_signed() - 8)
+    // A loop: neither closures nor `map` are sure to be part of it when they are compiled.
+    let mut codes = [0; LEN];
+    for (to, code) in codes.iter_mut().zip(nibbles(&block[2..])) {
+        *to = code.cast_signed() - 8;
+    }
+    codes
 }
 
 /// The codes of [`q5_0`], less 16.

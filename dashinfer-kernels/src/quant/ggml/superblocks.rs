@@ -93,11 +93,19 @@ fn q3_k_part(block: &[u8], part: usize) -> [i8; 16] {
 #[inline(always)]
 pub(super) fn q4_k(block: &[u8], out: &mut [f32]) {
     let (scale, min) = (half(block, 0).to_f32(), half(block, 2).to_f32());
-    for (part, out) in out.chunks_exact_mut(32).enumerate() {
-        let (of_part, min_of_part) = scale_and_min(&block[4..16], part);
-        let (scale, min) = (scale * f32::from(of_part), min * f32::from(min_of_part));
-        for (out, code) in out.iter_mut().zip(nibbles(&block[16..], part)) {
-            *out = scale * f32::from(code) - min;
+    for ((pair, out), bytes) in out.as_chunks_mut::<64>().0.iter_mut().enumerate().zip(block[16..].as_chunks::<32>().0)
+    {
+        let mut params = [(0.0, 0.0); 2];
+        for (i, params) in params.iter_mut().enumerate() {
+            let (of_part, min_of_part) = scale_and_min(&block[4..16], 2 * pair + i);
+            *params = (scale * f32::from(of_part), min * f32::from(min_of_part));
+        }
+        let [(low_scale, low_min), (high_scale, high_min)] = params;
+        let (low, high) = out.split_at_mut(32);
+        // Shifts of known widths, as few machines shift bytes by others.
+        for i in 0..32 {
+            low[i] = low_scale * f32::from(bytes[i] & 15) - low_min;
+            high[i] = high_scale * f32::from(bytes[i] >> 4) - high_min;
         }
     }
 }
@@ -122,13 +130,30 @@ pub(super) fn q5_k(block: &[u8], out: &mut [f32]) {
 #[inline(always)]
 pub(super) fn q6_k(block: &[u8], out: &mut [f32]) {
     let scale = half(block, 208).to_f32();
-    for (part, out) in out.chunks_exact_mut(16).enumerate() {
-        let scale = scale * f32::from(block[192 + part].cast_signed());
-        let low: [u8; 16] = taken(&block[part / 8 * 64 + part % 4 * 16..], part % 8 / 4 * 4, 15);
-        for ((out, low), high) in out.iter_mut().zip(low).zip(two_bits(&block[128..192], part)) {
-            *out = scale * f32::from((low | high << 4).cast_signed() - 32);
+    let mut scales = [0.0; 16];
+    for (out, of_part) in scales.iter_mut().zip(&block[192..208]) {
+        *out = scale * f32::from(of_part.cast_signed());
+    }
+    for (half, out) in out.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+        let (low, high) = (&block[half * 64..][..64], &block[128 + half * 32..][..32]);
+        let (parts, scales) = (out.as_chunks_mut::<16>().0, &scales[half * 8..][..8]);
+        // Each with shifts of known widths, as few machines shift bytes by others.
+        for i in 0..2 {
+            let (first, second, high) = (&low[i * 16..][..16], &low[32 + i * 16..][..16], &high[i * 16..][..16]);
+            for j in 0..16 {
+                parts[i][j] = scales[i] * six_bits(first[j] & 15, high[j] << 4 & 0x30);
+                parts[2 + i][j] = scales[2 + i] * six_bits(second[j] & 15, high[j] << 2 & 0x30);
+                parts[4 + i][j] = scales[4 + i] * six_bits(first[j] >> 4, high[j] & 0x30);
+                parts[6 + i][j] = scales[6 + i] * six_bits(second[j] >> 4, high[j] >> 2 & 0x30);
+            }
         }
     }
+}
+
+/// A code of [`q6_k`], −32 to 31.
+#[inline(always)]
+fn six_bits(low: u8, high: u8) -> f32 {
+    f32::from((low | high).cast_signed() - 32)
 }
 
 /// `[scale: f16][high two bits of scales: 2][low four bits of scales: 4][codes: 128]`. In each part of 32 weights, the low and then the
