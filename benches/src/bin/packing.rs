@@ -23,11 +23,13 @@ const USAGE: &str = "\
 usage: packing [OPTION ...]
 
 Loads a model of one layer, whose weights are random and in memory, and prints the bytes of stored weights that a core packs in a
-second: of the time that the thread was computing, best of several loads, so that others on the machine disturb little.
+second: of the time that the thread was computing, best of several loads, so that others on the machine disturb little. With
+--threads, what several pack together, by the clock.
 
   --only TEXT           those paths whose names have this in them
   --hidden N            width of the layer, a multiple of 256 (default: 2048); its inner one is four times as wide
   --repeat N            loads of each (default: 5)
+  --threads N           threads that pack (default: 1)
   --digest              print a hash of all that was packed in place of the rate: what makes packing faster changes none of them
 ";
 
@@ -35,6 +37,7 @@ struct Options {
     only: Option<String>,
     hidden: usize,
     repeat: usize,
+    threads: NonZeroUsize,
     digest: bool,
 }
 
@@ -45,6 +48,7 @@ impl Options {
             only: args.value("--only")?,
             hidden: count(args.value("--hidden")?, 2048),
             repeat: count(args.value("--repeat")?, 5),
+            threads: args.value("--threads")?.unwrap_or(NonZeroUsize::MIN),
             digest: args.flag("--digest"),
         };
         args.finish()?;
@@ -472,13 +476,14 @@ fn busy_time(start: Instant) -> Duration {
     nanoseconds.map_or_else(|| start.elapsed(), Duration::from_nanos)
 }
 
-/// Loads `model` on one thread.
+/// Loads `model`.
 fn load(
     model: &mut Model,
     quantization: &str,
+    threads: NonZeroUsize,
     cache: Option<&WeightCache>,
 ) -> Result<Decoder<CpuBackend>, Box<dyn Error>> {
-    let pool = PoolConfig { threads: Some(NonZeroUsize::MIN), cores: Vec::new() };
+    let pool = PoolConfig { threads: Some(threads), cores: Vec::new() };
     let backend = CpuBackend::new(&CpuConfig { pool, ..CpuConfig::default() })?;
     let (spec, limits) = (model.spec.clone(), StepLimits { max_tokens: 1, max_logit_rows: 1 });
     let (asked, mut source) = (quantization.parse()?, Named(&mut *model.source));
@@ -488,7 +493,7 @@ fn load(
 /// FNV-1a of the file of all packed buffers.
 fn digest(model: &mut Model, quantization: &str) -> Result<u64, Box<dyn Error>> {
     let folder = Folder(std::env::temp_dir().join(format!("dashinfer-packing-{}", std::process::id())));
-    load(model, quantization, Some(&WeightCache::new(&folder.0)))?;
+    load(model, quantization, NonZeroUsize::MIN, Some(&WeightCache::new(&folder.0)))?;
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for entry in std::fs::read_dir(&folder.0)? {
         let bytes = std::fs::read(entry?.path())?;
@@ -508,7 +513,13 @@ fn becomes(decoder: &Decoder<CpuBackend>, quantization: &str) -> String {
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
-    let last = if options.digest { "digest" } else { "a core" };
+    let one_thread = options.threads == NonZeroUsize::MIN;
+    let time = || if one_thread { busy_time(start) } else { start.elapsed() };
+    let last = match (options.digest, options.threads.get()) {
+        (true, _) => "digest".to_owned(),
+        (false, 1) => "a core".to_owned(),
+        (false, threads) => format!("{threads} threads"),
+    };
     println!("{:<14} {:<14} {:<40} {:>9} {:>16}", "stored", "asked for", "becomes", "MB", last);
     for (stored, quantization) in PATHS {
         let name = format!("{stored} {quantization}");
@@ -518,9 +529,9 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let mut model = Model::new(stored, options.hidden)?;
         let (mut best, mut form) = (Duration::MAX, String::new());
         for _ in 0..if options.digest { 1 } else { options.repeat } {
-            let before = busy_time(start);
-            let decoder = load(&mut model, quantization, None)?;
-            best = best.min(busy_time(start) - before);
+            let before = time();
+            let decoder = load(&mut model, quantization, options.threads, None)?;
+            best = best.min(time() - before);
             form = becomes(&decoder, quantization);
         }
         let found = if options.digest {
