@@ -58,7 +58,8 @@ impl Kernels {
         let pool = PoolConfig { threads, cores: Vec::new() };
         let isa = std::env::var("BENCH_ISA").ok();
         let isa = isa.map(|name| Isa::ALL.into_iter().find(|isa| isa.name() == name).expect("an instruction set"));
-        let backend = CpuBackend::new(&CpuConfig { pool, isa, ..CpuConfig::default() }).expect("threads start");
+        let backend =
+            CpuBackend::new(&CpuConfig { pool, isa, ..CpuConfig::default() }).expect("threads, and what was asked for");
         let limits = Limits::measure(backend.pool().num_threads(), Isa::best());
         let criterion = Criterion::default()
             .sample_size(10)

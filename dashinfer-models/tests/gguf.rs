@@ -14,7 +14,7 @@ use std::{
 
 use common::{
     gguf::{File, MXFP4, Value, converted, of_golden},
-    sequences::{Runner, Wanted},
+    sequences::{Cached, Runner, Wanted},
 };
 use dashinfer_kernels::cpu::{CpuBackend, CpuConfig, packed_bytes, to_bytes};
 use dashinfer_kernels::{BlockFormat, DType, Group, Scheme, to_f32};
@@ -74,7 +74,7 @@ fn load(spec: &ModelSpec, weights: &mut dyn WeightSource, quantization: Quantiza
     Decoder::load(backend(), spec.clone(), weights, LIMITS, quantization, &mut |_| ()).unwrap()
 }
 
-fn logits(decoder: &mut Decoder<CpuBackend>) -> Vec<Vec<f32>> {
+fn logits<B: Cached>(decoder: &mut Decoder<B>) -> Vec<Vec<f32>> {
     let vocab = decoder.spec().vocab_size as u32;
     let ids: Vec<u32> = (0..40).map(|i| (i * 31 + 7) % vocab).collect();
     Runner::new(decoder, 1).step(&[(0, &ids)], Wanted::All)
@@ -694,5 +694,71 @@ proptest! {
         let place = place.index(bytes.len() - 8);
         bytes[place..place + 8].copy_from_slice(&number.to_le_bytes());
         use_up(&folder.write("numbers.gguf", &bytes));
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use dashinfer_kernels::cuda::{CudaBackend, CudaConfig, CudaDevice};
+
+    use super::*;
+
+    /// `None`, and a line that says so, where there is no GPU.
+    fn load_on_gpu(
+        spec: &ModelSpec,
+        weights: &mut dyn WeightSource,
+        dtype: DType,
+        quantization: Quantization,
+    ) -> Option<Decoder<CudaBackend>> {
+        let device = match CudaDevice::open(0) {
+            Ok(device) => device,
+            Err(error) => {
+                eprintln!("skipped: no CUDA device ({error})");
+                return None;
+            }
+        };
+        let backend = CudaBackend::new(&device, &CudaConfig { dtype, deterministic: true }).unwrap();
+        Some(Decoder::load(backend, spec.clone(), weights, LIMITS, quantization, &mut |_| ()).unwrap())
+    }
+
+    #[test]
+    fn every_golden_gives_the_same_logits_from_a_gguf_file() {
+        let folder = Folder::new();
+        for entry in fs::read_dir(golden("")).unwrap() {
+            let golden = entry.unwrap().path();
+            let file = golden.join("config.json").exists().then(|| of_golden(&golden)).flatten();
+            let Some(file) = file.filter(|file| file.tensors.iter().all(|tensor| tensor.type_number != MXFP4)) else {
+                continue;
+            };
+            let (spec, mut weights) = open(&folder.write("model.gguf", &file.bytes()));
+            let wanted_spec = ModelSpec::read(&golden).unwrap();
+            let mut checkpoint = Checkpoint::open(&golden).unwrap();
+            let none = Quantization::NONE;
+            let Some(mut decoder) = load_on_gpu(&spec, &mut weights, DType::F32, none) else { return };
+            let found = logits(&mut decoder);
+            let wanted = logits(&mut load_on_gpu(&wanted_spec, &mut checkpoint, DType::F32, none).unwrap());
+            let same_rope = spec.ropes[0].rope(256) == wanted_spec.ropes[0].rope(256);
+            let bound = if same_rope { 0.0 } else { 1e-4 * largest(&wanted) };
+            assert!(worst(&found, &wanted) <= bound, "{golden:?}: {}", worst(&found, &wanted));
+        }
+    }
+
+    /// Blocks become f16 there, which is said, and are what they were but for that and for activations in f16.
+    #[test]
+    fn blocks_are_computed_in_the_type_of_the_rest() {
+        // Random bytes make a model that hands errors on undiminished.
+        for (name, bound) in [("qwen2-yarn.q8_0-q4_0.gguf", 0.01), ("superblocks.gguf", 0.06)] {
+            let (spec, mut weights) = open(&committed(name));
+            let wanted = logits(&mut load(&spec, &mut Dequantized::new(&weights), Quantization::NONE));
+            let stored = Quantization::AS_STORED;
+            let Some(mut decoder) = load_on_gpu(&spec, &mut weights, DType::F16, stored) else { return };
+            let conversions: Vec<_> = decoder.conversions().iter().map(ToString::to_string).collect();
+            assert!(
+                !conversions.is_empty() && conversions.iter().all(|said| said.contains(" → f16 (")),
+                "{conversions:?}"
+            );
+            let off = worst(&logits(&mut decoder), &wanted) / largest(&wanted);
+            assert!(off < bound, "{name}: {off}");
+        }
     }
 }

@@ -267,9 +267,13 @@ pub(crate) struct Step {
     pub(crate) x: usize,
     /// Four tiles of the right side, each 1024 bytes in a row.
     pub(crate) right: [*const u8; 4],
-    /// Where there is something that will be read soon, counted from `right`.
-    pub(crate) ahead: isize,
+    /// Four times 1024 bytes that will be read soon, wherever.
+    pub(crate) ahead: [*const u8; 4],
 }
+
+/// Sums of four tiles side by side: `[which tile of the right side][row][column]`.
+#[repr(C, align(64))]
+pub(crate) struct FourSums(pub(crate) [[[f32; 16]; ROWS]; 4]);
 
 /// Fetches 1024 bytes.
 macro_rules! fetch_tile {
@@ -278,7 +282,7 @@ macro_rules! fetch_tile {
             "832", "896", "960")
     };
     ($($at:literal),+) => {
-        concat!($("prefetcht0 [{right} + {ahead} + ", $at, "]\n"),+)
+        concat!($("prefetcht0 [{ahead} + ", $at, "]\n"),+)
     };
 }
 
@@ -286,11 +290,11 @@ macro_rules! fetch_tile {
 ///
 /// # Safety
 /// [`is_available`] was true, and [`with_four`] has set up this thread's tiles. As many rows as that says can be read from each step's tile
-/// of `x`, `x_stride` bytes apart, and the tiles of the right side.
-pub(crate) unsafe fn multiply_four(steps: &[Step], x: *const u8, x_stride: usize, sums: &mut [[[f32; 16]; ROWS]; 4]) {
+/// of `x`, 64 bytes of each, `x_stride` bytes apart, and 1024 bytes of each tile of the right side.
+pub(crate) unsafe fn multiply_four(steps: &[Step], x: *const u8, x_stride: usize, sums: &mut FourSums) {
     const {
         assert!(
-            size_of::<Step>() == 48
+            size_of::<Step>() == 72
                 && std::mem::offset_of!(Step, right) == 8
                 && std::mem::offset_of!(Step, ahead) == 40
         )
@@ -308,24 +312,27 @@ pub(crate) unsafe fn multiply_four(steps: &[Step], x: *const u8, x_stride: usize
             "mov {right}, [{steps}]",
             "add {right}, {x}",
             "tileloadd tmm4, [{right} + {stride}*1]",
-            "mov {ahead}, [{steps} + 40]",
             "mov {right}, [{steps} + 8]",
             "tileloadd tmm5, [{right} + {row}*1]",
+            "mov {ahead}, [{steps} + 40]",
             fetch_tile!(),
             "tdpbf16ps tmm0, tmm4, tmm5",
             "mov {right}, [{steps} + 16]",
             "tileloadd tmm6, [{right} + {row}*1]",
+            "mov {ahead}, [{steps} + 48]",
             fetch_tile!(),
             "tdpbf16ps tmm1, tmm4, tmm6",
             "mov {right}, [{steps} + 24]",
             "tileloadd tmm7, [{right} + {row}*1]",
+            "mov {ahead}, [{steps} + 56]",
             fetch_tile!(),
             "tdpbf16ps tmm2, tmm4, tmm7",
             "mov {right}, [{steps} + 32]",
             "tileloadd tmm5, [{right} + {row}*1]",
+            "mov {ahead}, [{steps} + 64]",
             fetch_tile!(),
             "tdpbf16ps tmm3, tmm4, tmm5",
-            "add {steps}, 48",
+            "add {steps}, 72",
             "dec {count}",
             "jnz 2b",
             "3:",
@@ -340,7 +347,7 @@ pub(crate) unsafe fn multiply_four(steps: &[Step], x: *const u8, x_stride: usize
             x = in(reg) x,
             stride = in(reg) x_stride,
             row = in(reg) ROW_BYTES,
-            sums = in(reg) sums.as_mut_ptr(),
+            sums = in(reg) sums.0.as_mut_ptr(),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),

@@ -4,13 +4,13 @@
 //! in two rows of a tile whose sums are added: together they are off by 2^−17 of the value. So a tile of 16 rows is one of eight queries.
 //!
 //! The cache stands in rows of tiles, pairs of steps beside each other, and is multiplied where it is; only what ends within a tile is copied
-//! first. Positions that a query does not see have the weight zero, which leaves sums as they are; so a sum goes through the pairs of
-//! its range in their order, whatever else is in the unit.
+//! first. Positions that a query does not see have the weight zero, which leaves sums as they are, as long as values are finite; so a sum goes
+//! through the pairs of its range in their order, whatever else is in the unit.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::amx::{ROW_BYTES, ROWS, Step, multiply_four, with_four};
+use super::super::amx::{FourSums, ROW_BYTES, ROWS, Step, multiply_four, with_four};
 use super::super::math::{exp2_16, soft_cap};
 use super::cache::{GROUP, Side};
 use super::{Partial, RANGE, Span, avx512};
@@ -27,10 +27,7 @@ const GROUPS: usize = 4;
 /// Bytes of a query's weights, in one half.
 const WEIGHT_BYTES: usize = RANGE * 2;
 
-/// A tile's sums by some groups.
-type Sums = [[[f32; GROUP]; ROWS]; GROUPS];
-
-/// See [`AttentionRange`](super::AttentionRange).
+/// See [`blocked::range`](super::blocked::range).
 ///
 /// # Safety
 /// As there; the machine has AMX, and AVX-512 with BF16.
@@ -55,7 +52,7 @@ struct Room<'a> {
     scores: &'a mut [[f32; RANGE]],
     /// `[tiles][2 · queries of a tile][RANGE]`, as the queries.
     weights: &'a mut [u8],
-    /// `[GROUPS][steps over positions][16][64 bytes]`: copies of what is not in the cache as a tile.
+    /// `[steps over positions][GROUPS][16][64 bytes]`: copies of what is not in the cache as a tile.
     copies: &'a mut [u8],
 }
 
@@ -87,7 +84,8 @@ unsafe fn range_of_tiles(span: &Span<'_>, scratch: &mut Vec<f32>, partial: &mut 
     let (rows, group) = (span.unit.rows.clone(), span.unit.heads.len());
     let (queries, width) = (partial.num_queries(), partial.width());
     let mut room = Room::new(scratch, queries, width);
-    let tiles = Tiles { queries, of_tile: queries.min(QUERIES) };
+    let tiles = QueryTiles { queries, of_tile: queries.min(QUERIES) };
+    let mut steps = Vec::with_capacity(width.div_ceil(STEP).max(RANGE / STEP));
     // Rows see ranges that only move up.
     let any = span.seen(rows.start).start..span.seen(rows.end - 1).end;
 
@@ -95,7 +93,7 @@ unsafe fn range_of_tiles(span: &Span<'_>, scratch: &mut Vec<f32>, partial: &mut 
     // tiles have the shapes that the caller set up.
     unsafe {
         split_queries(span.queries, &tiles, width, room.queries);
-        score(span, any.clone(), &tiles, &mut room);
+        score(span, &any, &tiles, &mut room, &mut steps);
     }
     for (query, scores) in room.scores.iter_mut().enumerate() {
         let seen = span.seen(rows.start + query / group);
@@ -114,16 +112,16 @@ unsafe fn range_of_tiles(span: &Span<'_>, scratch: &mut Vec<f32>, partial: &mut 
             unsafe { soften(scores, seen, any.clone(), halves.map(|at| weights.add(at))) };
     }
     // SAFETY: as above.
-    unsafe { add_values(span, any, &tiles, &mut room, partial) };
+    unsafe { add_values(span, &any, &tiles, &mut room, &mut steps, partial) };
 }
 
 /// How queries are spread over tiles.
-struct Tiles {
+struct QueryTiles {
     queries: usize,
     of_tile: usize,
 }
 
-impl Tiles {
+impl QueryTiles {
     fn count(&self) -> usize {
         self.queries.div_ceil(QUERIES)
     }
@@ -154,14 +152,14 @@ impl Tiles {
         groups: usize,
         mut store: impl FnMut(usize, usize, [f32; GROUP]),
     ) {
-        let mut sums: Sums = [[[0.0; GROUP]; ROWS]; GROUPS];
+        let mut sums = FourSums([[[0.0; GROUP]; ROWS]; GROUPS]);
         for tile in 0..self.count() {
             let x = x[self.first_row(tile) * x_stride..].as_ptr();
             // SAFETY: the caller's promise.
             unsafe { multiply_four(steps, x, x_stride, &mut sums) };
             let first = tile * QUERIES;
             for query in first..self.queries.min(first + QUERIES) {
-                for (group, rows) in sums.iter().enumerate().take(groups) {
+                for (group, rows) in sums.0.iter().enumerate().take(groups) {
                     let (large, small) = (&rows[query - first], &rows[query - first + self.of_tile]);
                     store(query, group, std::array::from_fn(|i| large[i] + small[i]));
                 }
@@ -175,7 +173,7 @@ impl Tiles {
 /// # Safety
 /// The machine has AVX-512 with BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn split_queries(queries: &[f32], tiles: &Tiles, width: usize, to: &mut [u8]) {
+unsafe fn split_queries(queries: &[f32], tiles: &QueryTiles, width: usize, to: &mut [u8]) {
     let row_bytes = width.div_ceil(STEP) * ROW_BYTES;
     for (query, values) in queries.chunks_exact(width).enumerate() {
         let [large, small] = tiles.rows(query).map(|row| row * row_bytes);
@@ -205,60 +203,74 @@ fn split(x: __m512) -> [__m256i; 2] {
     [bits(large), bits(small)]
 }
 
-/// `scores[q, j] = q · key[j]` for at least the positions `seen` of the range.
+/// The keys of four groups of positions, from the range's group `first` on, as far as there are any before `end`; the last one stands for more. Each starts
+/// with its whole tiles.
+fn keys_at<'a>(span: &Span<'a>, first: usize, end: usize) -> [&'a [u8]; GROUPS] {
+    let Span { work, unit, .. } = *span;
+    let bytes = GROUP * work.cache.width() * 2;
+    std::array::from_fn(|i| {
+        // Groups of 16 positions never cross a block, whose size is a multiple of 16.
+        let (block, offset) = work.place(unit, span.start + (first + i).min(end - 1) * GROUP);
+        &work.cache.run(work.layer, Side::Keys, block, unit.kv_head).codes[offset / GROUP * bytes..][..bytes]
+    })
+}
+
+/// The tiles of four groups of values, from `first` on, at step `step` of the range, if they are whole and seen. The last group stands for more.
+fn values_at(span: &Span<'_>, seen: &Range<usize>, step: usize, first: usize) -> Option<[*const u8; GROUPS]> {
+    let Span { work, unit, .. } = *span;
+    let (block_size, groups) = (work.cache.spec().block_size, work.cache.width() / GROUP);
+    let positions = step * STEP..(step + 1) * STEP;
+    if positions.start < seen.start || positions.end > seen.end || !block_size.is_multiple_of(STEP) {
+        return None;
+    }
+    let (block, offset) = work.place(unit, span.start + positions.start);
+    let values = work.cache.run(work.layer, Side::Values, block, unit.kv_head).codes;
+    let at = |group: usize| (group * block_size + offset) * GROUP * 2;
+    Some(std::array::from_fn(|i| values[at((first + i).min(groups - 1))..][..TILE_BYTES].as_ptr()))
+}
+
+/// `scores[q, j] = q · key[j]` for at least the positions `seen` of the range. `steps` is memory to work in.
 ///
 /// # Safety
 /// As for [`range_of_tiles`]; the room is that of these queries, and the positions have blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn score(span: &Span<'_>, seen: Range<usize>, tiles: &Tiles, room: &mut Room<'_>) {
-    let Span { work, unit, .. } = *span;
-    let width = work.cache.width();
-    let x_stride = width.div_ceil(STEP) * ROW_BYTES;
+unsafe fn score(span: &Span<'_>, seen: &Range<usize>, tiles: &QueryTiles, room: &mut Room<'_>, steps: &mut Vec<Step>) {
+    let width = span.work.cache.width();
+    let (whole, x_stride) = (width / STEP, width.div_ceil(STEP) * ROW_BYTES);
     let groups = seen.start / GROUP..seen.end.div_ceil(GROUP);
-    let mut steps = Vec::new();
+    let mut next = keys_at(span, groups.start, groups.end);
     for first in groups.clone().step_by(GROUPS) {
-        // Where there are fewer, the last one stands for more.
-        let group = |i: usize| (first + i).min(groups.end - 1);
-        let run = |side, group: usize| {
-            // Groups of 16 positions never cross a block, whose size is a multiple of 16.
-            let (block, offset) = work.place(unit, span.start + group * GROUP);
-            &work.cache.run(work.layer, side, block, unit.kv_head).codes[offset * width * 2..][..GROUP * width * 2]
-        };
-        let keys: [&[u8]; GROUPS] = std::array::from_fn(|i| run(Side::Keys, group(i)));
-        // The next keys come next, and behind them the values.
-        let next = first + GROUPS;
-        let next = if next < groups.end { run(Side::Keys, next) } else { run(Side::Values, groups.start) };
-        let ahead = distance(keys[0], next);
+        let (keys, behind) = (next, first + GROUPS);
+        if behind < groups.end {
+            next = keys_at(span, behind, groups.end);
+        }
         steps.clear();
-        let whole = width / STEP;
-        steps.extend((0..whole).map(|step| Step {
-            x: step * ROW_BYTES,
-            right: keys.map(|keys| keys[step * TILE_BYTES..].as_ptr()),
-            ahead,
+        steps.extend((0..whole).map(|step| {
+            let tiles = |keys: [&[u8]; GROUPS]| keys.map(|keys| keys[step * TILE_BYTES..].as_ptr());
+            // The next keys come next, and behind them the values.
+            let values = || values_at(span, seen, seen.start / STEP + step, 0).unwrap_or_else(|| tiles(keys));
+            let ahead = if behind < groups.end { tiles(next) } else { values() };
+            Step { x: step * ROW_BYTES, right: tiles(keys), ahead }
         }));
         if !width.is_multiple_of(STEP) {
             let copies = room.copies.as_chunks_mut::<TILE_BYTES>().0;
-            for (to, keys) in copies.iter_mut().zip(keys) {
+            let mut right = [std::ptr::null(); GROUPS];
+            for ((right, copy), keys) in right.iter_mut().zip(copies).zip(keys) {
                 let rest = &keys[whole * TILE_BYTES..];
-                to[..rest.len()].copy_from_slice(rest);
-                to[rest.len()..].fill(0);
+                copy[..rest.len()].copy_from_slice(rest);
+                copy[rest.len()..].fill(0);
+                *right = copy.as_ptr();
             }
-            let right = std::array::from_fn(|i| copies[i].as_ptr());
-            steps.push(Step { x: whole * ROW_BYTES, right, ahead: 0 });
+            steps.push(Step { x: whole * ROW_BYTES, right, ahead: right });
         }
         let (scores, queries) = (&mut room.scores, &*room.queries);
         // SAFETY: the tiles were set up for these queries; whole tiles of the right side are in the cache, or copied.
         unsafe {
-            tiles.multiply(&steps, queries, x_stride, groups.end - first, |query, group, sums| {
+            tiles.multiply(steps, queries, x_stride, groups.end - first, |query, group, sums| {
                 scores[query][(first + group) * GROUP..][..GROUP].copy_from_slice(&sums);
             });
         }
     }
-}
-
-/// How far `next` is from `from`.
-fn distance(from: &[u8], next: &[u8]) -> isize {
-    next.as_ptr().addr().wrapping_sub(from.as_ptr().addr()).cast_signed()
 }
 
 /// Turns the scores `seen` of a query into weights, in halves at `large` and `small`, zero where `any` query sees a position and this one does
@@ -302,79 +314,80 @@ unsafe fn soften(
     }
 }
 
-/// Sets the partial's sums to `Σ_j weight[q, j] · value[j]` over the positions `seen` of the range, in steps from its start.
+/// Sets the partial's sums to `Σ_j weight[q, j] · value[j]` over the positions `seen` of the range, in steps from its start. `steps` is memory
+/// to work in.
 ///
 /// # Safety
 /// As for [`score`]; the partial is one of these queries.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn add_values(
     span: &Span<'_>,
-    seen: Range<usize>,
-    tiles: &Tiles,
+    seen: &Range<usize>,
+    tiles: &QueryTiles,
     room: &mut Room<'_>,
+    steps: &mut Vec<Step>,
     partial: &mut Partial<'_>,
 ) {
-    let Span { work, unit, .. } = *span;
-    let (width, block_size) = (work.cache.width(), work.cache.spec().block_size);
-    let groups = width / GROUP;
-    // The values of a position's block from it on, and from the step before if that shares its place; a group is this far from the next.
-    let values = |position: usize| {
-        let (block, offset) = work.place(unit, span.start + position);
-        let values = work.cache.run(work.layer, Side::Values, block, unit.kv_head).codes;
-        &values[offset / 2 * ROW_BYTES..]
-    };
-    let group_bytes = block_size * GROUP * 2;
-    // The next groups are read next, and behind them the keys of the next range.
-    let ahead = |first: usize, step: usize| {
-        let next = span.start + RANGE + step * STEP;
-        if first + GROUPS < groups {
-            (GROUPS * group_bytes).cast_signed()
-        } else if next < work.batch.sequences[unit.sequence].context_len {
-            let run =
-                |side, position| work.cache.run(work.layer, side, work.place(unit, position).0, unit.kv_head).codes;
-            distance(run(Side::Values, next - RANGE), run(Side::Keys, next))
-        } else {
-            0
-        }
-    };
-    let mut steps = Vec::new();
+    let (width, context_len) = (span.work.cache.width(), span.work.batch.sequences[span.unit.sequence].context_len);
+    let (groups, whole) = (width / GROUP, (width / STEP).max(1));
+    let next = Span { start: span.start + RANGE, ..*span };
     for first in (0..groups).step_by(GROUPS) {
-        // Where there are fewer, the last one stands for more.
-        let group = |i: usize| (first + i).min(groups - 1);
         steps.clear();
-        for step in seen.start / STEP..seen.end.div_ceil(STEP) {
-            let positions = step * STEP..(step + 1) * STEP;
-            let right = if positions.start >= seen.start && positions.end <= seen.end && block_size >= STEP {
-                let values = values(positions.start);
-                std::array::from_fn(|i| values[group(i) * group_bytes..].as_ptr())
+        let copies = room.copies.chunks_exact_mut(GROUPS * TILE_BYTES);
+        for (at, (step, copies)) in (seen.start / STEP..seen.end.div_ceil(STEP)).zip(copies).enumerate() {
+            let right =
+                values_at(span, seen, step, first).unwrap_or_else(|| copy_values(span, seen, step, first, copies));
+            // The next groups are read next, and behind them the keys of the next range.
+            let keys = at / whole * GROUPS;
+            let ahead = if first + GROUPS < groups {
+                values_at(span, seen, step, first + GROUPS)
+            } else if next.start + keys * GROUP < context_len {
+                let keys = keys_at(&next, keys, (context_len - next.start).div_ceil(GROUP));
+                Some(keys.map(|keys| keys[at % whole * TILE_BYTES..].as_ptr()))
             } else {
-                let copies = &mut room.copies[step * GROUPS * TILE_BYTES..][..GROUPS * TILE_BYTES];
-                copies.fill(0);
-                let inside = positions.start.max(seen.start) / 2..positions.end.min(seen.end).div_ceil(2);
-                for pair in inside {
-                    let values = values((2 * pair).max(seen.start));
-                    for i in 0..GROUPS {
-                        let to = &mut copies[i * TILE_BYTES + pair % ROWS * ROW_BYTES..][..ROW_BYTES];
-                        to.copy_from_slice(&values[group(i) * group_bytes..][..ROW_BYTES]);
-                        // What nobody sees may be anything, and is not to be multiplied even by zero.
-                        if 2 * pair < seen.start {
-                            to.chunks_exact_mut(4).for_each(|pair| pair[..2].fill(0));
-                        }
-                        if 2 * pair + 1 >= seen.end {
-                            to.chunks_exact_mut(4).for_each(|pair| pair[2..].fill(0));
-                        }
-                    }
-                }
-                std::array::from_fn(|i| copies[i * TILE_BYTES..].as_ptr())
+                None
             };
-            steps.push(Step { x: step * ROW_BYTES, right, ahead: ahead(first, step) });
+            steps.push(Step { x: step * ROW_BYTES, right, ahead: ahead.unwrap_or(right) });
         }
         let out = &mut *partial.out;
         // SAFETY: the tiles were set up for these queries; whole tiles of the right side are in the cache, or copied.
         unsafe {
-            tiles.multiply(&steps, room.weights, WEIGHT_BYTES, groups - first, |query, group, sums| {
+            tiles.multiply(steps, room.weights, WEIGHT_BYTES, groups - first, |query, group, sums| {
                 out[query * width + (first + group) * GROUP..][..GROUP].copy_from_slice(&sums);
             });
         }
     }
+}
+
+/// Copies what is seen of the values of four groups, from `first` on, at a step of the range, with zeros for what is not. The last group stands
+/// for more.
+fn copy_values(
+    span: &Span<'_>,
+    seen: &Range<usize>,
+    step: usize,
+    first: usize,
+    copies: &mut [u8],
+) -> [*const u8; GROUPS] {
+    let Span { work, unit, .. } = *span;
+    let (block_size, groups) = (work.cache.spec().block_size, work.cache.width() / GROUP);
+    copies.fill(0);
+    for pair in (step * STEP).max(seen.start) / 2..((step + 1) * STEP).min(seen.end).div_ceil(2) {
+        // Both positions of a pair are in one block, which starts at an even one.
+        let (block, offset) = work.place(unit, span.start + 2 * pair);
+        let values = work.cache.run(work.layer, Side::Values, block, unit.kv_head).codes;
+        for (i, copy) in copies.chunks_exact_mut(TILE_BYTES).enumerate() {
+            let row = &mut copy[pair % ROWS * ROW_BYTES..][..ROW_BYTES];
+            let group = (first + i).min(groups - 1);
+            row.copy_from_slice(&values[(group * block_size + offset) * GROUP * 2..][..ROW_BYTES]);
+            // What nobody sees may be anything, and is not to be multiplied even by zero.
+            if 2 * pair < seen.start {
+                row.chunks_exact_mut(4).for_each(|pair| pair[..2].fill(0));
+            }
+            if 2 * pair + 1 >= seen.end {
+                row.chunks_exact_mut(4).for_each(|pair| pair[2..].fill(0));
+            }
+        }
+    }
+    let copies = copies.as_ptr();
+    std::array::from_fn(|i| copies.wrapping_add(i * TILE_BYTES))
 }

@@ -19,7 +19,7 @@ pub(super) const INT8: u8 = 3;
 /// Byte `j` of a group is element `j`, and `j + 8` in the upper four bits.
 pub(super) const UINT4: u8 = 4;
 
-/// Where step `k` of a group starts; of two steps that share their place, both do. As far as a group of `k` steps reaches, if `k` is even.
+/// Where step `k` of a group starts; two steps of bf16 share a place. For even `k`, also the bytes of `k` steps.
 #[inline(always)]
 pub(super) const fn step_bytes(element: u8, k: usize) -> usize {
     match element {
@@ -240,7 +240,7 @@ fn read_scales<'a>(span: &Span<'_>, seen: Range<usize>, memory: &'a mut [f32]) -
 }
 
 /// Calls `run(block, offset in the block, positions of the range)` for the blocks that hold `seen`.
-pub(super) fn for_blocks(span: &Span<'_>, seen: Range<usize>, mut run: impl FnMut(usize, usize, Range<usize>)) {
+fn for_blocks(span: &Span<'_>, seen: Range<usize>, mut run: impl FnMut(usize, usize, Range<usize>)) {
     let block_size = span.work.cache.spec().block_size;
     let mut at = seen.start;
     while at < seen.end {

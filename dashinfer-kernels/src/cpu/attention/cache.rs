@@ -71,7 +71,7 @@ pub(super) struct Run<'a> {
 
 impl CpuKvCache {
     pub(crate) fn new(spec: &KvCacheSpec) -> Result<Self, KernelError> {
-        if !spec.block_size.is_multiple_of(GROUP) || spec.block_size == 0 || spec.block_size > 128 {
+        if !matches!(spec.block_size, 16 | 32 | 64 | 128) {
             let what = format!("a block of {} tokens (16, 32, 64 or 128 are)", spec.block_size);
             return Err(KernelError::Unsupported { op: "kv_cache", what, backend: "cpu" });
         }

@@ -375,7 +375,7 @@ mod tests {
     }
 
     fn isas() -> impl Iterator<Item = Isa> {
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon].into_iter().filter(|isa| isa.is_available())
+        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx, Isa::Neon].into_iter().filter(|isa| isa.is_available())
     }
 
     /// A prompt and a decode in one step, against the definition.

@@ -41,7 +41,7 @@ impl<'a> Partial<'a> {
         }
     }
 
-    /// Asks for what another core has written, so that several lines come at once.
+    /// Asks for what another core has written, so that several lines come at once; on x86-64 alone.
     pub(super) fn fetch(&self) {
         #[cfg(target_arch = "x86_64")]
         for values in [&*self.max, &*self.sum, &*self.out] {

@@ -173,7 +173,8 @@ pub(super) trait Unit {
 /// The machine has the unit. No other thread may write these columns of these rows; the ranges lie within the job.
 pub(super) unsafe fn product<U: Unit>(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     let scheme = job.weight.scheme();
-    // 32 products of a byte and of a code in −8 to 7 fit 16 bits; of one in −15 to 15 they do not.
+    // High bytes lie in −127 to 127, as codes of 16 bits go to 127 · 256. 32 products with codes in −8 to 7 fit 16 bits; with codes in −15 to 15 they
+    // do not.
     let narrow = matches!(scheme, Scheme::A16W4 { group: Group::G32, zero_point: false });
     // SAFETY: the caller's promise, passed on; the parameters are those of the job.
     unsafe {

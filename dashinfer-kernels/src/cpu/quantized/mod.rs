@@ -317,20 +317,20 @@ mod tests {
         }
     }
 
-    /// The largest codes everywhere, of one sign: where sums that are kept in too few bits would overflow.
+    /// The largest codes everywhere, of one sign or the other: where sums that are kept in too few bits would overflow.
     #[test]
     fn the_largest_sums_are_exact() {
         let pool = pool(1);
         let (n, k) = (17, 4096);
         for scheme in Scheme::ALL {
-            for sign in [1.0, -1.0] {
+            for (sign, x) in [(1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)] {
                 let bytes = to_bytes(&vec![sign; n * k], DType::F32);
                 let view = MatrixView { bytes: &bytes, dtype: DType::F32, rows: n, cols: k };
                 let matrix = QuantizedMatrix::pack(&[view], None, scheme, &pool).unwrap();
                 // Enough rows for tiles.
-                let x = vec![1.0; 17 * k];
+                let exact = sign * x * k as f32;
+                let x = vec![x; 17 * k];
                 let want = product(scalar(), &x, &matrix, &pool);
-                let exact = sign * k as f32;
                 assert!(want.iter().all(|out| (out / exact - 1.0).abs() < 0.13), "{scheme} {want:?}");
                 for v in supported(VARIANTS) {
                     assert_eq!(product(v.run, &x, &matrix, &pool), want, "{:?} {scheme}", v.isa);
