@@ -330,7 +330,7 @@ fn stored_scales(scales: __m256) -> __m256 {
     _mm256_blendv_ps(stored, smallest, lost)
 }
 
-/// One over each scale, and 0 of 0.
+/// See [`inverse`](crate::quant::inverse).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn inverses(scales: __m256) -> __m256 {
@@ -409,14 +409,16 @@ mod tests {
             let bits = random.bits();
             let exponent = exponents.start + (bits >> 32) as i32 % exponents.len().max(1) as i32;
             for value in values.iter_mut() {
-                *value = match (bits % 6, random.bits() % 16) {
+                let value_of_size_1 = match (bits % 6, random.bits() % 16) {
                     (0, _) => 0.0,
                     (1, _) => value.abs(),
                     (2, _) => (*value * 8.0).round() / 16.0,
                     (3, 0) => 16.0 * *value,
                     (_, 1) => -0.0,
                     _ => *value,
-                } * 2f32.powi(exponent);
+                };
+                // In f64, which has room for the powers that are below the normal numbers of f32.
+                *value = (f64::from(value_of_size_1) * 2f64.powi(exponent)) as f32;
             }
         }
         values
@@ -431,8 +433,12 @@ mod tests {
         ) {
             let scheme = Scheme::ALL[scheme];
             let (Some(group), true) = (scheme.group(), Isa::Avx2.is_available()) else { return Ok(()) };
-            // Far beyond what scales of 16 bits reach, to both sides.
-            let size = if seed % 16 == 0 { 100 } else { size };
+            // Far beyond what scales of 16 bits reach, to both sides, and down to the smallest numbers of f32.
+            let size = match seed % 16 {
+                0 => 100,
+                1 | 2 => -150 + (seed / 16 % 16) as i32,
+                _ => size,
+            };
             let bytes = to_bytes(&weights(rows, cols, size..size + span, seed), DType::F32);
             let lines: Vec<&[u8]> = bytes.chunks(4 * cols).collect();
             let source = Source::Bytes(&lines, DType::F32);
