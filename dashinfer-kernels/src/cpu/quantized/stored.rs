@@ -54,7 +54,10 @@ pub(super) fn pack_panels(
             params
         })
         .collect();
-    let mut panel_codes: Vec<&mut [u8]> = codes.chunks_mut(panel_bytes(scheme, cut.padded).max(1)).collect();
+    if cut.padded == 0 {
+        return finite; // without input features, panels have no codes
+    }
+    let mut panel_codes: Vec<&mut [u8]> = codes.chunks_mut(panel_bytes(scheme, cut.padded)).collect();
     // Runs of panels whose rows are one part's, and all there, have their words moved.
     let mut next = 0;
     while next < panels.len() {
@@ -467,6 +470,92 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// As with values: no codes at all, and zeros for what scales there are.
+    #[test]
+    fn without_input_features_there_are_no_codes() {
+        let pool = pool();
+        for scheme in Scheme::ALL {
+            for (rows, group, zero_points) in [(1, Some(128), false), (16, None, false), (40, Some(32), true)] {
+                let layout = CodeLayout { bits: CodeBits::Four, group, zero_points };
+                let codes = Codes::new([rows, 0], layout, false, 1);
+                let bias = noise(rows, 1);
+                let packed = QuantizedMatrix::pack_stored(&[&codes.matrix()], Some(&bias), scheme, &pool).unwrap();
+                let view = MatrixView { bytes: &[], dtype: DType::F32, rows, cols: 0 };
+                let wanted = QuantizedMatrix::pack(&[view], Some(&bias), scheme, &pool).unwrap();
+                let bytes = packed.buffers().iter().map(|buffer| buffer.len()).collect::<Vec<_>>();
+                assert_eq!(bytes, wanted.buffers().iter().map(|buffer| buffer.len()).collect::<Vec<_>>(), "{scheme}");
+                assert!(packed.buffers()[0].is_empty(), "{scheme}");
+            }
+        }
+    }
+
+    /// A matrix that says that its codes stand in words, and has fewer of them than it says, or none at all where it says.
+    #[test]
+    fn words_that_are_not_there_are_refused() {
+        struct Lying<'a>(GroupedCodes<'a>, CodeWords<'a>);
+        impl StoredMatrix for Lying<'_> {
+            fn rows(&self) -> usize {
+                self.0.rows()
+            }
+
+            fn cols(&self) -> usize {
+                self.0.cols()
+            }
+
+            fn layout(&self) -> Option<CodeLayout> {
+                self.0.layout()
+            }
+
+            fn values(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+                self.0.values(rows, cols, out);
+            }
+
+            fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+                self.0.codes(rows, places, out);
+            }
+
+            fn words(&self) -> Option<CodeWords<'_>> {
+                Some(self.1)
+            }
+
+            fn params(&self, rows: Range<usize>, group: usize, scales: &mut [f32], zeros: &mut [u8]) {
+                self.0.params(rows, group, scales, zeros);
+            }
+        }
+        let layout = CodeLayout { bits: CodeBits::Four, group: Some(32), zero_points: false };
+        let scheme = Scheme::holding(&[layout]).unwrap();
+        let pack = |[rows, cols]: [usize; 2], words: CodeWords<'_>| {
+            let codes = Codes::new([rows, cols], layout, false, 1);
+            let matrix = Lying(codes.matrix(), words);
+            let packed = QuantizedMatrix::pack_stored(&[&matrix], None, scheme, &pool());
+            packed.map(|_| ()).map_err(|error| error.to_string())
+        };
+        let bytes = &[0; 1024][..];
+        let all = |bytes| CodeWords::OfFeatures { bytes, col: 2 };
+        assert_eq!(pack([16, 16], all(&bytes[..128])), Ok(()));
+        let few = |wanted, found| {
+            Err(format!("pack: bytes of the words of codes, at least should be {wanted}, found {found}"))
+        };
+        assert_eq!(pack([16, 16], all(&bytes[..127])), few(128, 127));
+        assert_eq!(pack([16, 16], all(&[])), few(128, 0));
+        // Counted with bits that `usize` has not, they would be few.
+        for col in [0x1111_1111_1111_1111, usize::MAX / 15, usize::MAX] {
+            assert_eq!(pack([16, 16], CodeWords::OfFeatures { bytes, col }), few(usize::MAX, 1024), "{col:#x}");
+        }
+        for (octet, row) in [(16, 1), (1, 2), (1, 10), (2, 1)] {
+            let last = octet + 15 * row;
+            let words = |bytes| CodeWords::OfPlaces { bytes, octet, row };
+            assert_eq!(pack([16, 16], words(&bytes[..4 * (last + 1)])), Ok(()));
+            assert_eq!(pack([16, 16], words(&bytes[..4 * last + 3])), few(4 * (last + 1), 4 * last + 3));
+        }
+        for (octet, row) in [(usize::MAX, 1), (1, usize::MAX), (usize::MAX - 15, 1), (usize::MAX / 4, 1)] {
+            assert_eq!(pack([16, 16], CodeWords::OfPlaces { bytes, octet, row }), few(usize::MAX, 1024));
+        }
+        // Nothing is asked of words where there are no codes.
+        assert_eq!(pack([0, 16], all(&[])), Ok(()));
+        assert_eq!(pack([16, 0], all(&[])), Ok(()));
     }
 
     #[test]

@@ -109,9 +109,11 @@ mod sse2 {
 
     /// [`octet`](super::octet), of sixteen input features and both octets of a panel.
     pub(super) fn two_octets(words: &[u8], step: usize, to: &mut [u8; 2 * OCTET]) {
-        assert!(words.len() >= 4 * ((2 * IN_WORD - 1) * step + 2), "words of all input features");
+        // Without wrapping: the step is anybody's number.
+        let end = (2 * IN_WORD - 1).checked_mul(step).and_then(|last| last.checked_add(2)?.checked_mul(4));
+        assert!(end.is_some_and(|end| end <= words.len()), "words of all input features");
         let load = |i: usize| {
-            // SAFETY: SSE2 is part of x86-64; the two words lie among `words`, as was asserted.
+            // SAFETY: SSE2 is part of x86-64; of lines 0 to 15, the two words lie before the end that was asserted.
             unsafe { _mm_loadl_epi64(words.as_ptr().add(4 * i * step).cast()) }
         };
         // SAFETY: SSE2 is part of x86-64.
@@ -197,6 +199,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// So far apart that the bytes of all of them are 4 by a multiplication that wraps.
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    #[test]
+    #[should_panic(expected = "words of all input features")]
+    fn words_beyond_all_memory_are_not_read() {
+        sse2::two_octets(&[0; 128], usize::MAX / 15, &mut [0; 2 * OCTET]);
     }
 
     #[test]
