@@ -69,7 +69,7 @@ fn in_pairs(codes: [u8; 8]) -> [u8; 4] {
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     let (low, high) = range(values);
     let largest = if high > -low { high } else { low };
-    // Loops, since closures would be compiled for any machine.
+    // Loops: `map` and `from_fn` are functions of their own, which have the vectors of whoever calls this only if they are inlined.
     let mut scales = [half::f16::ZERO; 5];
     for n in 0..5 {
         scales[n] = stored_scale(largest / STEPS[n]);

@@ -217,15 +217,19 @@ fn stored_params(
 mod tests {
     use std::num::NonZeroUsize;
     use std::ops::Range;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use proptest::prelude::*;
 
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    use super::super::tests::MODEL;
+    use super::super::words::PLACES;
     use super::super::{Activations, Product, QuantizedMatrix, VARIANTS, best, run};
     use crate::cpu::isa::supported;
     use crate::cpu::linear::{PackedMatrix, to_bytes};
     use crate::cpu::pool::{PoolConfig, ThreadPool};
     use crate::cpu::{CpuBackend, CpuConfig, CpuLinear, Isa};
-    use crate::quant::stored_scale;
+    use crate::quant::{PANEL, stored_scale};
     use crate::random::{SplitMix64, noise};
     use crate::{
         Backend, CodeBits, CodeLayout, CodeWords, DType, Group, GroupedCodes, KernelError, MatrixView, PackedShape,
@@ -285,6 +289,8 @@ mod tests {
         codes: GroupedCodes<'a>,
         bytes: Vec<u8>,
         of_features: bool,
+        /// Codes that were asked for one by one.
+        asked: AtomicUsize,
     }
 
     impl<'a> InWords<'a> {
@@ -294,13 +300,13 @@ mod tests {
             for (i, code) in codes.codes.iter().enumerate() {
                 let (row, col, code) = (i / cols, i % cols, u32::from(*code));
                 if of_features {
-                    words[col * (rows / 8) + row / 8] |= code << (4 * [0, 4, 1, 5, 2, 6, 3, 7][row % 8]);
+                    words[col * (rows / 8) + row / 8] |= code << (4 * PLACES[row % 8]);
                 } else {
                     words[col / 8 * rows + row] |= code << (4 * (col % 8));
                 }
             }
             let bytes = words.into_iter().flat_map(u32::to_le_bytes).collect();
-            Self { codes: codes.matrix(), bytes, of_features }
+            Self { codes: codes.matrix(), bytes, of_features, asked: AtomicUsize::new(0) }
         }
     }
 
@@ -322,6 +328,7 @@ mod tests {
         }
 
         fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+            self.asked.fetch_add(out.len(), Ordering::Relaxed);
             self.codes.codes(rows, places, out);
         }
 
@@ -419,6 +426,17 @@ mod tests {
             let wanted = QuantizedMatrix::pack_stored(&wanted, None, scheme, &one).unwrap();
             let found = QuantizedMatrix::pack_stored(&found, None, scheme, &one).unwrap();
             prop_assert!(found.buffers() == wanted.buffers());
+            // Codes are read only where a panel has rows of several parts, or is not full.
+            let ends = parts.iter().scan(0, |end, part| {
+                *end += part.shape[0];
+                Some(*end)
+            });
+            let mut cut: Vec<_> = ends.filter(|end| !end.is_multiple_of(PANEL)).map(|end| end / PANEL).collect();
+            cut.dedup();
+            let rows = 8 * octets.iter().sum::<usize>();
+            let cut_rows: usize = cut.iter().map(|panel| PANEL.min(rows - panel * PANEL)).sum();
+            let asked: usize = words.iter().map(|matrix| matrix.asked.load(Ordering::Relaxed)).sum();
+            prop_assert_eq!(asked, cut_rows * cols);
         }
 
         /// As those of the same values in f32.
@@ -461,14 +479,20 @@ mod tests {
             let codes = GroupedCodes::new([17, cols], layout, &codes, &scales, &[]).unwrap();
             let scheme = Scheme::holding(&[layout]).unwrap();
             let packed = QuantizedMatrix::pack_stored(&[&codes], None, scheme, &pool).unwrap();
-            let x = [vec![1.0; cols], vec![-1.0; cols]].concat();
+            // Enough rows for tiles.
+            let x: Vec<f32> = (0..17 * cols).map(|i| if (i / cols).is_multiple_of(2) { 1.0 } else { -1.0 }).collect();
             let exact = (f32::from(code) - 128.0) * cols as f32;
-            for v in supported(VARIANTS) {
-                for (i, found) in product(v.run, &x, &packed, &pool).into_iter().enumerate() {
-                    let exact = if i < 17 { exact } else { -exact };
-                    assert!((found / exact - 1.0).abs() < 1e-4, "{:?} {found} {exact}", v.isa);
+            let check = |variant: Product, name: &str| {
+                for (i, found) in product(variant, &x, &packed, &pool).into_iter().enumerate() {
+                    let exact = if (i / 17).is_multiple_of(2) { exact } else { -exact };
+                    assert!((found / exact - 1.0).abs() < 1e-4, "{name} {found} {exact}");
                 }
+            };
+            for v in supported(VARIANTS) {
+                check(v.run, &format!("{:?}", v.isa));
             }
+            #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+            check(MODEL, "the model of AMX");
         }
     }
 
