@@ -8,7 +8,7 @@
 //!
 //! A mask gives the bytes of the even quad, a shift and a mask those of the odd one.
 
-use super::{GroupParams, PANEL, nearest, nearest_whole, stored_scale};
+use super::{GroupParams, PANEL, inverse, nearest, nearest_whole, stored_scale};
 
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 8;
@@ -69,7 +69,7 @@ fn in_pairs(codes: [u8; 8]) -> [u8; 4] {
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     let (low, high) = range(values);
     let largest = if high > -low { high } else { low };
-    // Loops, since closures would be compiled for any machine.
+    // Loops: `map` and `from_fn` are functions of their own, which have the vectors of whoever calls this only if they are inlined.
     let mut scales = [half::f16::ZERO; 5];
     for n in 0..5 {
         scales[n] = stored_scale(largest / STEPS[n]);
@@ -183,11 +183,6 @@ fn least<const N: usize>(errors: [f32; N]) -> Option<usize> {
         least = least.min(u64::from(error.to_bits()) << SHIFT | (n as u64 + 1));
     }
     (least as usize & ((1 << SHIFT) - 1)).checked_sub(1)
-}
-
-#[inline(always)]
-fn inverse(scale: half::f16) -> f32 {
-    if scale == half::f16::ZERO { 0.0 } else { 1.0 / scale.to_f32() }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //!         [feature 0: k 0 1 2 3][feature 1]..  64 bytes         cols / 4 quads
 //! ```
 
-use super::{GroupParams, PANEL, int4::more, nearest, stored_scale};
+use super::{GroupParams, PANEL, int4::more, inverse, nearest, stored_scale};
 
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 128;
@@ -50,7 +50,7 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
         largest = more(value.abs(), largest);
     }
     let scale = stored_scale(largest / 127.0);
-    let inverse = if largest == 0.0 { 0.0 } else { 1.0 / scale.to_f32() };
+    let inverse = inverse(scale);
     for (code, value) in codes.iter_mut().zip(values) {
         *code = (nearest((value * inverse).clamp(-127.0, 127.0)) + i32::from(ZERO)) as u8;
     }
@@ -88,6 +88,17 @@ mod tests {
         assert_eq!(panel[12..16], [0, 1, 2, 3]);
         assert_eq!(panel[76..80], [4, 5, 6, 7]);
         assert_eq!((0..8).map(|k| code(&panel, 3, k)).collect::<Vec<_>>(), codes);
+    }
+
+    /// What is so small that its scale is 0 is 0 too, whatever f32 makes of it.
+    #[test]
+    fn without_a_scale_weights_are_zeros() {
+        let smallest = f32::from_bits(1);
+        for (steps, stored) in [(1.0, 0.0), (63.0, 0.0), (64.0, 2f32.powi(-24)), (1e6, 2f32.powi(-24))] {
+            let mut codes = [0; 4];
+            let params = quantize(&[smallest, -smallest * steps, smallest * steps, 0.0], &mut codes);
+            assert_eq!((params.scale.to_f32(), codes), (stored, [ZERO; 4]), "{steps}");
+        }
     }
 
     #[test]

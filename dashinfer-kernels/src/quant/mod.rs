@@ -40,7 +40,8 @@ impl GroupParams {
     }
 }
 
-/// The nearest scale that can be stored for one that is not: never zero unless `scale` is, never infinite.
+/// The nearest scale that can be stored for one that is not: never zero unless `scale` is (which `largest / 127` can be where the
+/// largest weight is not), never infinite.
 #[inline(always)]
 pub(crate) fn stored_scale(scale: f32) -> f16 {
     let stored = f16::from_f32(scale.clamp(-65504.0, 65504.0));
@@ -51,9 +52,15 @@ pub(crate) fn stored_scale(scale: f32) -> f16 {
     }
 }
 
+/// What weights are multiplied by to be whole steps of a stored scale; 0 of a scale of 0, so that all of them are none.
+#[inline(always)]
+pub(crate) fn inverse(scale: f16) -> f32 {
+    if scale == f16::ZERO { 0.0 } else { 1.0 / scale.to_f32() }
+}
+
 /// The nearest integer, ties to even; of a number below 2²² in size. What is not a number gives some integer.
 ///
-/// Adding 1.5 · 2²³ leaves no bits for fractions. Unlike a conversion, that is one instruction on every machine.
+/// Adding [`SHIFT`] leaves no bits for fractions. Unlike a conversion, that is one instruction on every machine.
 #[inline(always)]
 pub(crate) fn nearest(value: f32) -> i32 {
     (value + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()).cast_signed()
@@ -65,5 +72,6 @@ pub(crate) fn nearest_whole(value: f32) -> f32 {
     (value + SHIFT) - SHIFT
 }
 
-/// 1.5 · 2²³
+/// 1.5 · 2²³: what [`nearest`] adds. Numbers of its size have no bits for fractions, so that one below 2²² in size is rounded, and
+/// stands in the lowest bits of the sum.
 pub(crate) const SHIFT: f32 = 12_582_912.0;

@@ -139,6 +139,27 @@ pub enum CodeWords<'a> {
     },
 }
 
+impl CodeWords<'_> {
+    /// Fails unless all words of a `[rows, cols]` matrix are there.
+    fn check(&self, rows: usize, cols: usize) -> Result<(), KernelError> {
+        if rows == 0 || cols == 0 {
+            return Ok(());
+        }
+        let (bytes, [steps, step], [others, other]) = match *self {
+            Self::OfPlaces { bytes, octet, row } => (bytes, [cols.div_ceil(IN_WORD) - 1, octet], [rows - 1, row]),
+            Self::OfFeatures { bytes, col } => (bytes, [cols - 1, col], [rows.div_ceil(IN_WORD) - 1, 1]),
+        };
+        // The steps are anybody's numbers.
+        let last = steps.checked_mul(step).and_then(|at| at.checked_add(others.checked_mul(other)?));
+        let wanted = last.and_then(|last| last.checked_add(1)?.checked_mul(4)).unwrap_or(usize::MAX);
+        if wanted <= bytes.len() {
+            return Ok(());
+        }
+        let what = "bytes of the words of codes, at least";
+        Err(KernelError::Shape { op: "pack", what, wanted, found: bytes.len() })
+    }
+}
+
 /// A weight matrix `[rows, cols]` as some format stores it. It writes all of a tile, row-major.
 pub trait StoredMatrix: Sync {
     /// Output features.
@@ -173,7 +194,11 @@ pub trait StoredMatrix: Sync {
     /// [`layout`](Self::layout).
     fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]);
 
-    /// The codes of all places, if they stand in words, whole ones. Asked only of a matrix with a [`layout`](Self::layout) of 4 bits.
+    /// The codes of all places, if they stand in words. Asked only of a matrix with a [`layout`](Self::layout) of 4 bits.
+    ///
+    /// `bytes` reach to the end of the last word: that of the last output feature and the last place, counted by the steps. Fewer are
+    /// a [`KernelError::Shape`] of the packer. It takes [`codes`](Self::codes) in place of words where `cols` is no multiple of 8, or
+    /// where a run of 16 output features that shall stand together starts at none.
     fn words(&self) -> Option<CodeWords<'_>> {
         None
     }
@@ -337,6 +362,11 @@ impl<'a> StoredStack<'a> {
         for &part in parts {
             part.check()?;
             check("pack", "columns of a part", cols, part.cols())?;
+            if part.layout().is_some_and(|layout| layout.bits == CodeBits::Four)
+                && let Some(words) = part.words()
+            {
+                words.check(part.rows(), cols)?;
+            }
             stacked.push((rows, part));
             rows = rows.saturating_add(part.rows());
         }

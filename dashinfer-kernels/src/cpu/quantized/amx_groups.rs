@@ -11,11 +11,12 @@
 //! | `a16`, 32 | 32 | 16 + 4 + 16 + 8 = 44 | 32 | 4 × 8 = 32; with zero points or 8 bits 5 × 8 = 40 |
 //! | `a16`, 128 | 64 | 32 + 16 + 16 + 8 = 72 | 32 | 40 |
 //!
-//! To that a share of laying out `x`: with four panels, 2 or 4 of each but multiplications. The best that AVX-512 can do for a step of `a16` in groups of 32 is 160 cycles of
-//! computing. Two tiles of columns to one of rows would load fewer tiles, but their 32 chains of f32 sums would fill all registers.
+//! Laying out `x` comes on top. Where four panels share it, it adds 2 (`a8`) or 4 (`a16`) cycles to each column but the first. With AVX-512
+//! alone, a step of `a16` in groups of 32 takes 160 cycles of computing at best. Two tiles of columns to one of rows would need fewer loads,
+//! but their sums in f32, 32 rows of them, would fill all registers.
 //!
-//! Steps overlap: while one is scaled, the next is stored, and the one after that multiplied, so that nobody waits for anybody's latency
-//! (a load of a tile 45 cycles, a multiplication 52).
+//! Loading a tile takes 45 cycles, and multiplying two 52, before the result can be used. So that nothing waits for them, steps overlap: while
+//! one is scaled, the sums of the next are stored, and the one after that is multiplied.
 //!
 //! On a Xeon of 16 threads, two to a core, parts of a step of `a16` in groups of 32 were left out, to see what each takes: multiplications and their loads 30 % of the time,
 //! scaling 20 %, `x` being laid out 17 % (for pairs of panels), stores 11 %. That they add up says that they overlap less than they could. Fetching the rows that are next
@@ -89,7 +90,8 @@ pub(super) const SPLIT: [u8; 64] = {
     from
 };
 
-/// Which of the four bytes of zero points that stand in a quarter of a vector: each for a quad.
+/// Which zero point each byte of a vector takes: every quarter of the vector holds all sixteen, and each of them goes to the four bytes
+/// of its feature's quad.
 const SPREAD: [u8; 64] = {
     let mut from = [0; 64];
     let mut i = 0;
@@ -409,7 +411,7 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
                 multiply_next(step + 2);
             }
             if step + 1 < num_steps {
-                // SAFETY: it was multiplied two steps ago, and since then only the one after it.
+                // SAFETY: it was multiplied one iteration ago, or before the loop, and since then only the step after it.
                 unsafe { store::<X>(scratch, step + 1) };
             }
             // SAFETY: 16 scales of 16 bits are one vector. The step's sums were stored a step ago; the scratch is not borrowed otherwise.
@@ -443,7 +445,6 @@ fn mask(width: usize) -> __mmask16 {
 #[cfg(test)]
 mod tests {
     use super::super::blocked::CODES_8;
-    use super::super::grouped::PANELS;
     use super::super::grouped_model::Model;
     use super::*;
     use crate::random::SplitMix64;
@@ -460,15 +461,6 @@ mod tests {
     fn bytes(len: usize, seed: u64) -> Vec<u8> {
         let mut random = SplitMix64(seed);
         (0..len).map(|_| random.bits() as u8).collect()
-    }
-
-    fn scratch() -> Scratch {
-        Scratch {
-            x: [[0; X_STRIDE]; ROWS],
-            weights: [0; PANELS * PART * PANEL],
-            dots: [[[[0; PANEL]; ROWS]; 2]; 2],
-            scales: [[0.0; GROUPS]; ROWS],
-        }
     }
 
     #[test]
@@ -504,7 +496,7 @@ mod tests {
                 let layout = Layout::new(group, operand);
                 let (codes, scales, len) = (codes.as_ptr(), scales.as_ptr(), groups * group);
                 let part = Part { rows, codes, stride: 2 * PART, len, scales, groups: GROUPS };
-                let (mut found, mut wanted) = (scratch(), scratch());
+                let (mut found, mut wanted) = (Scratch::new(), Scratch::new());
                 // SAFETY: the machine has AVX-512; there are as many codes and scales.
                 unsafe {
                     if operand == WORDS {

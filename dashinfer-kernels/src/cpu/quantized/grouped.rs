@@ -17,10 +17,9 @@ use super::blocked::{BYTES, CODES_4, CODES_8, WORDS, code_bytes};
 use super::matrix::symmetric_zero;
 use super::{Job, Operand, Output};
 use crate::Scheme;
+pub(super) use crate::cpu::amx::ROWS;
 use crate::quant::{Group, PANEL, WeightBits};
 
-/// Rows of a tile.
-pub(super) const ROWS: usize = 16;
 /// Panels that rows pass over once they are laid out.
 pub(super) const PANELS: usize = 4;
 /// Input features of a part: whole groups, whatever their size.
@@ -86,6 +85,18 @@ pub(super) struct Scratch {
     pub(super) dots: [[[[i32; PANEL]; ROWS]; 2]; 2],
     /// Scales of `x` for each group of the part.
     pub(super) scales: [[f32; GROUPS]; ROWS],
+}
+
+impl Scratch {
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Self {
+            x: [[0; X_STRIDE]; ROWS],
+            weights: [0; PANELS * PART * PANEL],
+            dots: [[[[0; PANEL]; ROWS]; 2]; 2],
+            scales: [[0.0; GROUPS]; ROWS],
+        }
+    }
 }
 
 /// A part of some rows of `x`.
@@ -204,12 +215,7 @@ unsafe fn typed<U: Unit, const X: u8, const CODES: u8, const NARROW: bool>(
     let layout = Layout::new(cut.group, X);
     let size = if X == WORDS { 2 } else { 1 };
     let x_stride = cut.padded * size;
-    let mut scratch = Scratch {
-        x: [[0; X_STRIDE]; ROWS],
-        weights: [0; PANELS * PART * PANEL],
-        dots: [[[[0; PANEL]; ROWS]; 2]; 2],
-        scales: [[0.0; GROUPS]; ROWS],
-    };
+    let mut scratch = Scratch::new();
     // SAFETY: the machine has the unit, which is given back below; operands lie within the job, whose parts are whole groups; the
     // scratch has room for a part; the caller's promise is passed on.
     unsafe {

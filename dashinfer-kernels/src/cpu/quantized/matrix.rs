@@ -23,7 +23,7 @@ use crate::{DType, KernelError, MatrixView, PackedShape, SharedBytes, StoredMatr
 /// the L1 cache until their lines are full.
 const STRETCH: usize = 512;
 
-/// So that threads end at about the same time.
+/// Tasks that each thread gets, at least, where panels are filled together: so that threads end at about the same time.
 const TASKS_PER_THREAD: usize = 4;
 
 /// A weight matrix `[N, K]` of a [`Scheme`], and its bias.
@@ -86,9 +86,8 @@ impl QuantizedMatrix {
                 check_order("pack", order, stack.cols)?;
             }
             let order = stack.order().map(<[u32]>::to_vec);
-            // Some tasks are left for each thread.
-            let tasks = stack.rows.div_ceil(PANEL) / (TASKS_PER_THREAD * pool.num_threads());
-            let together = stored::panels_together(&stack, scheme).min(tasks).max(1);
+            let most = stack.rows.div_ceil(PANEL) / (TASKS_PER_THREAD * pool.num_threads());
+            let together = stored::panels_together(&stack, scheme).min(most).max(1);
             return Self::build(shape, scheme, bias, order, pool, together, &|panels, cut, codes, scales, zeros| {
                 stored::pack_panels(&stack, panels, scheme, cut, codes, scales, zeros)
             });
@@ -379,18 +378,19 @@ type Quantizer = unsafe fn(&Panel<'_>, &mut [u8], &mut [u16], &mut [u8]) -> bool
 fn best_quantizer() -> Quantizer {
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     if super::super::isa::Isa::Avx2.is_available() {
-        return quantize_avx2;
+        return quantize_with_avx2;
     }
     quantize_plain
 }
 
-/// [`quantize_panel`], compiled for AVX2: the same operations on more values at a time.
+/// The same codes as [`quantize_panel`]: of groups by [an implementation of its own](quantize_avx2::panel), else by that one, compiled
+/// for AVX2.
 ///
 /// # Safety
 /// The machine has AVX2, FMA and F16C.
 #[cfg(all(feature = "x86", target_arch = "x86_64"))]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn quantize_avx2(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
+unsafe fn quantize_with_avx2(panel: &Panel<'_>, codes: &mut [u8], scales: &mut [u16], zeros: &mut [u8]) -> bool {
     if let Some(group) = panel.scheme.group() {
         // SAFETY: the caller's promise, passed on.
         return unsafe { quantize_avx2::panel(panel, group, codes, scales, zeros) };

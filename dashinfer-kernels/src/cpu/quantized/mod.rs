@@ -212,7 +212,7 @@ mod tests {
 
     /// What multiplies groups with AMX, but its instructions in plain Rust.
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
-    const MODEL: Product = Product { operand: avx512::operand, run: grouped_model::product };
+    pub(super) const MODEL: Product = Product { operand: avx512::operand, run: grouped_model::product };
 
     #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     proptest! {
@@ -236,7 +236,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(crate::random::cases(96))]
 
         #[test]
         fn every_variant_has_the_bits_of_the_scalar_one(

@@ -54,7 +54,10 @@ pub(super) fn pack_panels(
             params
         })
         .collect();
-    let mut panel_codes: Vec<&mut [u8]> = codes.chunks_mut(panel_bytes(scheme, cut.padded).max(1)).collect();
+    if cut.padded == 0 {
+        return finite; // without input features, panels have no codes
+    }
+    let mut panel_codes: Vec<&mut [u8]> = codes.chunks_mut(panel_bytes(scheme, cut.padded)).collect();
     // Runs of panels whose rows are one part's, and all there, have their words moved.
     let mut next = 0;
     while next < panels.len() {
@@ -214,15 +217,19 @@ fn stored_params(
 mod tests {
     use std::num::NonZeroUsize;
     use std::ops::Range;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use proptest::prelude::*;
 
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+    use super::super::tests::MODEL;
+    use super::super::words::PLACES;
     use super::super::{Activations, Product, QuantizedMatrix, VARIANTS, best, run};
     use crate::cpu::isa::supported;
     use crate::cpu::linear::{PackedMatrix, to_bytes};
     use crate::cpu::pool::{PoolConfig, ThreadPool};
     use crate::cpu::{CpuBackend, CpuConfig, CpuLinear, Isa};
-    use crate::quant::stored_scale;
+    use crate::quant::{PANEL, stored_scale};
     use crate::random::{SplitMix64, noise};
     use crate::{
         Backend, CodeBits, CodeLayout, CodeWords, DType, Group, GroupedCodes, KernelError, MatrixView, PackedShape,
@@ -282,6 +289,8 @@ mod tests {
         codes: GroupedCodes<'a>,
         bytes: Vec<u8>,
         of_features: bool,
+        /// Codes that were asked for one by one.
+        asked: AtomicUsize,
     }
 
     impl<'a> InWords<'a> {
@@ -291,13 +300,13 @@ mod tests {
             for (i, code) in codes.codes.iter().enumerate() {
                 let (row, col, code) = (i / cols, i % cols, u32::from(*code));
                 if of_features {
-                    words[col * (rows / 8) + row / 8] |= code << (4 * [0, 4, 1, 5, 2, 6, 3, 7][row % 8]);
+                    words[col * (rows / 8) + row / 8] |= code << (4 * PLACES[row % 8]);
                 } else {
                     words[col / 8 * rows + row] |= code << (4 * (col % 8));
                 }
             }
             let bytes = words.into_iter().flat_map(u32::to_le_bytes).collect();
-            Self { codes: codes.matrix(), bytes, of_features }
+            Self { codes: codes.matrix(), bytes, of_features, asked: AtomicUsize::new(0) }
         }
     }
 
@@ -319,6 +328,7 @@ mod tests {
         }
 
         fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+            self.asked.fetch_add(out.len(), Ordering::Relaxed);
             self.codes.codes(rows, places, out);
         }
 
@@ -416,6 +426,17 @@ mod tests {
             let wanted = QuantizedMatrix::pack_stored(&wanted, None, scheme, &one).unwrap();
             let found = QuantizedMatrix::pack_stored(&found, None, scheme, &one).unwrap();
             prop_assert!(found.buffers() == wanted.buffers());
+            // Codes are read only where a panel has rows of several parts, or is not full.
+            let ends = parts.iter().scan(0, |end, part| {
+                *end += part.shape[0];
+                Some(*end)
+            });
+            let mut cut: Vec<_> = ends.filter(|end| !end.is_multiple_of(PANEL)).map(|end| end / PANEL).collect();
+            cut.dedup();
+            let rows = 8 * octets.iter().sum::<usize>();
+            let cut_rows: usize = cut.iter().map(|panel| PANEL.min(rows - panel * PANEL)).sum();
+            let asked: usize = words.iter().map(|matrix| matrix.asked.load(Ordering::Relaxed)).sum();
+            prop_assert_eq!(asked, cut_rows * cols);
         }
 
         /// As those of the same values in f32.
@@ -458,15 +479,107 @@ mod tests {
             let codes = GroupedCodes::new([17, cols], layout, &codes, &scales, &[]).unwrap();
             let scheme = Scheme::holding(&[layout]).unwrap();
             let packed = QuantizedMatrix::pack_stored(&[&codes], None, scheme, &pool).unwrap();
-            let x = [vec![1.0; cols], vec![-1.0; cols]].concat();
+            // Enough rows for tiles.
+            let x: Vec<f32> = (0..17 * cols).map(|i| if (i / cols).is_multiple_of(2) { 1.0 } else { -1.0 }).collect();
             let exact = (f32::from(code) - 128.0) * cols as f32;
-            for v in supported(VARIANTS) {
-                for (i, found) in product(v.run, &x, &packed, &pool).into_iter().enumerate() {
-                    let exact = if i < 17 { exact } else { -exact };
-                    assert!((found / exact - 1.0).abs() < 1e-4, "{:?} {found} {exact}", v.isa);
+            let check = |variant: Product, name: &str| {
+                for (i, found) in product(variant, &x, &packed, &pool).into_iter().enumerate() {
+                    let exact = if (i / 17).is_multiple_of(2) { exact } else { -exact };
+                    assert!((found / exact - 1.0).abs() < 1e-4, "{name} {found} {exact}");
                 }
+            };
+            for v in supported(VARIANTS) {
+                check(v.run, &format!("{:?}", v.isa));
+            }
+            #[cfg(all(feature = "x86", target_arch = "x86_64"))]
+            check(MODEL, "the model of AMX");
+        }
+    }
+
+    /// As with values: no codes at all, and zeros for what scales there are.
+    #[test]
+    fn without_input_features_there_are_no_codes() {
+        let pool = pool();
+        for scheme in Scheme::ALL {
+            for (rows, group, zero_points) in [(1, Some(128), false), (16, None, false), (40, Some(32), true)] {
+                let layout = CodeLayout { bits: CodeBits::Four, group, zero_points };
+                let codes = Codes::new([rows, 0], layout, false, 1);
+                let bias = noise(rows, 1);
+                let packed = QuantizedMatrix::pack_stored(&[&codes.matrix()], Some(&bias), scheme, &pool).unwrap();
+                let view = MatrixView { bytes: &[], dtype: DType::F32, rows, cols: 0 };
+                let wanted = QuantizedMatrix::pack(&[view], Some(&bias), scheme, &pool).unwrap();
+                let bytes = packed.buffers().iter().map(|buffer| buffer.len()).collect::<Vec<_>>();
+                assert_eq!(bytes, wanted.buffers().iter().map(|buffer| buffer.len()).collect::<Vec<_>>(), "{scheme}");
+                assert!(packed.buffers()[0].is_empty(), "{scheme}");
             }
         }
+    }
+
+    /// A matrix that says that its codes stand in words, and has fewer of them than it says, or none at all where it says.
+    #[test]
+    fn words_that_are_not_there_are_refused() {
+        struct Lying<'a>(GroupedCodes<'a>, CodeWords<'a>);
+        impl StoredMatrix for Lying<'_> {
+            fn rows(&self) -> usize {
+                self.0.rows()
+            }
+
+            fn cols(&self) -> usize {
+                self.0.cols()
+            }
+
+            fn layout(&self) -> Option<CodeLayout> {
+                self.0.layout()
+            }
+
+            fn values(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+                self.0.values(rows, cols, out);
+            }
+
+            fn codes(&self, rows: Range<usize>, places: Range<usize>, out: &mut [u8]) {
+                self.0.codes(rows, places, out);
+            }
+
+            fn words(&self) -> Option<CodeWords<'_>> {
+                Some(self.1)
+            }
+
+            fn params(&self, rows: Range<usize>, group: usize, scales: &mut [f32], zeros: &mut [u8]) {
+                self.0.params(rows, group, scales, zeros);
+            }
+        }
+        let layout = CodeLayout { bits: CodeBits::Four, group: Some(32), zero_points: false };
+        let scheme = Scheme::holding(&[layout]).unwrap();
+        let pack = |[rows, cols]: [usize; 2], words: CodeWords<'_>| {
+            let codes = Codes::new([rows, cols], layout, false, 1);
+            let matrix = Lying(codes.matrix(), words);
+            let packed = QuantizedMatrix::pack_stored(&[&matrix], None, scheme, &pool());
+            packed.map(|_| ()).map_err(|error| error.to_string())
+        };
+        let bytes = &[0; 1024][..];
+        let all = |bytes| CodeWords::OfFeatures { bytes, col: 2 };
+        assert_eq!(pack([16, 16], all(&bytes[..128])), Ok(()));
+        let few = |wanted, found| {
+            Err(format!("pack: bytes of the words of codes, at least should be {wanted}, found {found}"))
+        };
+        assert_eq!(pack([16, 16], all(&bytes[..127])), few(128, 127));
+        assert_eq!(pack([16, 16], all(&[])), few(128, 0));
+        // Counted with bits that `usize` has not, they would be few.
+        for col in [0x1111_1111_1111_1111, usize::MAX / 15, usize::MAX] {
+            assert_eq!(pack([16, 16], CodeWords::OfFeatures { bytes, col }), few(usize::MAX, 1024), "{col:#x}");
+        }
+        for (octet, row) in [(16, 1), (1, 2), (1, 10), (2, 1)] {
+            let last = octet + 15 * row;
+            let words = |bytes| CodeWords::OfPlaces { bytes, octet, row };
+            assert_eq!(pack([16, 16], words(&bytes[..4 * (last + 1)])), Ok(()));
+            assert_eq!(pack([16, 16], words(&bytes[..4 * last + 3])), few(4 * (last + 1), 4 * last + 3));
+        }
+        for (octet, row) in [(usize::MAX, 1), (1, usize::MAX), (usize::MAX - 15, 1), (usize::MAX / 4, 1)] {
+            assert_eq!(pack([16, 16], CodeWords::OfPlaces { bytes, octet, row }), few(usize::MAX, 1024));
+        }
+        // Nothing is asked of words where there are no codes.
+        assert_eq!(pack([0, 16], all(&[])), Ok(()));
+        assert_eq!(pack([16, 0], all(&[])), Ok(()));
     }
 
     #[test]

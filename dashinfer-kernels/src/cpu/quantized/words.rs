@@ -19,23 +19,23 @@ const STRETCH: usize = 64;
 pub(super) fn place(words: &CodeWords<'_>, first_row: usize, cols: usize, panels: &mut [&mut [u8]]) {
     for first in (0..cols).step_by(STRETCH) {
         let octets = first / IN_WORD..cols.min(first + STRETCH) / IN_WORD;
-        for (i, panel) in panels.iter_mut().enumerate() {
-            let row = first_row + i * PANEL;
+        for (number, panel) in panels.iter_mut().enumerate() {
+            let row = first_row + number * PANEL;
             let to = &mut panel[octets.start * OCTET..octets.end * OCTET];
             match *words {
                 CodeWords::OfPlaces { bytes, octet, row: 1 } => {
-                    for (octets, to) in octets.clone().zip(to.chunks_exact_mut(OCTET)) {
-                        let words = &bytes[4 * (octets * octet + row)..][..OCTET];
+                    for (i, to) in octets.clone().zip(to.chunks_exact_mut(OCTET)) {
+                        let words = &bytes[4 * (i * octet + row)..][..OCTET];
                         for (to, word) in to.as_chunks_mut().0.iter_mut().zip(words.as_chunks().0) {
-                            *to = in_pairs(u32::from_le_bytes(*word)).to_le_bytes();
+                            *to = in_panel_order(u32::from_le_bytes(*word)).to_le_bytes();
                         }
                     }
                 }
                 CodeWords::OfPlaces { bytes, octet, row: step } => {
                     for lane in 0..PANEL {
-                        for (octets, to) in octets.clone().zip(to.chunks_exact_mut(OCTET)) {
-                            let word = word(bytes, octets * octet + (row + lane) * step);
-                            to[4 * lane..][..4].copy_from_slice(&in_pairs(word).to_le_bytes());
+                        for (i, to) in octets.clone().zip(to.chunks_exact_mut(OCTET)) {
+                            let word = word(bytes, i * octet + (row + lane) * step);
+                            to[4 * lane..][..4].copy_from_slice(&in_panel_order(word).to_le_bytes());
                         }
                     }
                 }
@@ -55,7 +55,7 @@ fn word(bytes: &[u8], index: usize) -> u32 {
 
 /// The codes 0 to 7 of a word in the order 0 4 1 5 2 6 3 7.
 #[inline(always)]
-fn in_pairs(word: u32) -> u32 {
+fn in_panel_order(word: u32) -> u32 {
     // Of four bytes the middle ones change places, then of each two bytes the middle halves.
     let word = word & 0xff00_00ff | (word & 0x0000_ff00) << 8 | word >> 8 & 0x0000_ff00;
     word & 0xf00f_f00f | (word & 0x00f0_00f0) << 4 | word >> 4 & 0x00f0_00f0
@@ -83,12 +83,12 @@ fn two_octets(words: &[u8], step: usize, to: &mut [u8; 2 * OCTET]) {
 /// One of them.
 fn octet(words: &[u8], step: usize, to: &mut [u8]) {
     for (half, to) in to.chunks_exact_mut(OCTET / 2).enumerate() {
-        turned(std::array::from_fn(|i| word(words, i * step + half)), to);
+        transpose(std::array::from_fn(|i| word(words, i * step + half)), to);
     }
 }
 
-/// Words of eight input features, turned into those of eight output features.
-fn turned(words: [u32; IN_WORD], to: &mut [u8]) {
+/// Transposes words of eight input features into those of eight output features.
+fn transpose(words: [u32; IN_WORD], to: &mut [u8]) {
     const LOW: u32 = 0x0f0f_0f0f;
     // Those that are four apart share their bytes: output features 0 4 1 5, and 2 6 3 7.
     let even: [_; 4] = std::array::from_fn(|i| (words[i] & LOW | (words[i + 4] & LOW) << 4).to_le_bytes());
@@ -109,9 +109,11 @@ mod sse2 {
 
     /// [`octet`](super::octet), of sixteen input features and both octets of a panel.
     pub(super) fn two_octets(words: &[u8], step: usize, to: &mut [u8; 2 * OCTET]) {
-        assert!(words.len() >= 4 * ((2 * IN_WORD - 1) * step + 2), "words of all input features");
+        // Without wrapping: the step is anybody's number.
+        let end = (2 * IN_WORD - 1).checked_mul(step).and_then(|last| last.checked_add(2)?.checked_mul(4));
+        assert!(end.is_some_and(|end| end <= words.len()), "words of all input features");
         let load = |i: usize| {
-            // SAFETY: SSE2 is part of x86-64; the two words lie among `words`, as was asserted.
+            // SAFETY: SSE2 is part of x86-64; of lines 0 to 15, the two words lie before the end that was asserted.
             unsafe { _mm_loadl_epi64(words.as_ptr().add(4 * i * step).cast()) }
         };
         // SAFETY: SSE2 is part of x86-64.
@@ -152,6 +154,10 @@ mod sse2 {
     }
 }
 
+/// The place of a feature in a word of [`CodeWords::OfFeatures`].
+#[cfg(test)]
+pub(super) const PLACES: [usize; IN_WORD] = [0, 4, 1, 5, 2, 6, 3, 7];
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -159,9 +165,6 @@ mod tests {
     use super::*;
     use crate::quant::int4;
     use crate::random::SplitMix64;
-
-    /// The place of a feature in a word of [`CodeWords::OfFeatures`].
-    const PLACES: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
     proptest! {
         #[test]
@@ -199,12 +202,20 @@ mod tests {
         }
     }
 
+    /// So far apart that the bytes of all of them are 4 by a multiplication that wraps.
+    #[cfg(all(feature = "x86", target_arch = "x86_64"))]
     #[test]
-    fn without_vectors_words_are_turned_too() {
+    #[should_panic(expected = "words of all input features")]
+    fn words_beyond_all_memory_are_not_read() {
+        sse2::two_octets(&[0; 128], usize::MAX / 15, &mut [0; 2 * OCTET]);
+    }
+
+    #[test]
+    fn without_vectors_words_are_transposed_too() {
         let mut random = SplitMix64(1);
         let words: [u32; 8] = std::array::from_fn(|_| random.bits() as u32);
         let mut found = [0; OCTET / 2];
-        turned(words, &mut found);
+        transpose(words, &mut found);
         for (feature, place) in PLACES.into_iter().enumerate() {
             for (col, word) in words.into_iter().enumerate() {
                 assert_eq!(int4::code(&found, feature, col), (word >> (4 * place)) as u8 & 15);

@@ -95,7 +95,7 @@ pub(super) fn mxfp4(block: &[u8], out: &mut [f32]) {
 
 /// The codes of [`q4_0`], less 8.
 pub(super) fn q4_0_codes(block: &[u8]) -> [i8; LEN] {
-    // A loop: neither closures nor `map` are sure to be part of it when they are compiled.
+    // A loop: `map` is a function of its own, which has the vectors of whoever calls this only if it is inlined.
     let mut codes = [0; LEN];
     for (to, code) in codes.iter_mut().zip(nibbles(&block[2..])) {
         *to = code.cast_signed() - 8;
