@@ -13,8 +13,8 @@ use super::{GroupParams, PANEL, inverse, nearest, nearest_whole, stored_scale};
 /// The code of 0 where there are no zero points.
 pub(crate) const ZERO: u8 = 8;
 
-/// Steps to the largest weight, for each scale that is tried: fewer of them make a coarser grid that clips less; more of them a finer one that
-/// clips it.
+/// Steps to the largest weight, for each scale that is tried: fewer of them make a coarser grid that clips less; more of them a
+/// finer one that clips it.
 pub(crate) const STEPS: [f32; 5] = [-8.0, -7.0, -7.5, -8.6, -9.3];
 
 /// What is taken of the smallest and of the largest weight, for each scale and zero point that are tried.
@@ -63,8 +63,8 @@ fn in_pairs(codes: [u8; 8]) -> [u8; 4] {
 /// Rounds a group to codes 0 to 15 around 8. The weight of the largest size is about code 0, so that all sixteen codes are in reach;
 /// one of the opposite sign and nearly its size is clipped to code 15, and off by a quarter of that size, `max |w| / 4`, at most.
 ///
-/// Among some scales near that one, the one with the least squared error is taken. Of normal weights in groups of 32 that leaves 0.7 % of
-/// their variance as error; no sixteen evenly spaced codes around 8 leave less than 0.65 %.
+/// Among some scales near that one, the one with the least squared error is taken. Of normal weights in groups of 32 that
+/// leaves 0.7 % of their variance as error; no sixteen evenly spaced codes around 8 leave less than 0.65 % .
 #[inline(always)]
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     let (low, high) = range(values);
@@ -84,8 +84,8 @@ pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
 }
 
 /// Rounds a group to codes 0 to 15 from near its smallest weight (or 0) to near its largest (or 0). A weight is off by
-/// a sixth of the range, `(max − min) / 6`, at most: half a step for its own rounding, half for that of the zero point, and a tenth of the range
-/// that is clipped.
+/// a sixth of the range, `(max − min) / 6`, at most: half a step for its own rounding, half for that of the zero point, and a
+/// tenth of the range that is clipped.
 #[inline(always)]
 pub(crate) fn quantize_with_zero(values: &[f32], codes: &mut [u8]) -> GroupParams {
     let (low, high) = range(values);
@@ -143,8 +143,8 @@ pub(super) fn more(value: f32, than: f32) -> f32 {
     if value > than { value } else { than }
 }
 
-/// What rounding to whole steps of each scale leaves, from its `first` to its `last`: squared and summed. The sums are in the order of lanes, and
-/// one beside the other, as each addition waits for the one before.
+/// What rounding to whole steps of each scale leaves, from its `first` to its `last`: squared and summed. The sums are in the
+/// order of lanes, and one beside the other, as each addition waits for the one before.
 #[inline(always)]
 fn squared_errors<const N: usize>(values: &[f32], scales: [half::f16; N], first: [f32; N], last: [f32; N]) -> [f32; N] {
     let mut sums = [[0.0f32; LANES]; N];
@@ -173,8 +173,8 @@ fn squared_errors<const N: usize>(values: &[f32], scales: [half::f16; N], first:
     totals
 }
 
-/// The first of the smallest errors; none if all are infinite or no numbers. Without branches, which would be guesses: bits of floats that are not
-/// negative are in the order of the floats.
+/// The first of the smallest errors; none if all are infinite or no numbers. Without branches, which would be guesses: bits of
+/// floats that are not negative are in the order of the floats.
 #[inline(always)]
 fn least<const N: usize>(errors: [f32; N]) -> Option<usize> {
     const SHIFT: u32 = 3;

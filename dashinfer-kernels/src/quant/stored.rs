@@ -116,11 +116,12 @@ impl Scheme {
 /// 4-bit codes of a word.
 pub(crate) const IN_WORD: usize = 8;
 
-/// All 4-bit codes of a matrix where they stand, eight to a word of 32 bits, little endian, so that words can be moved in place of codes.
+/// All 4-bit codes of a matrix where they stand, eight to a word of 32 bits, little endian, so that words can be moved in place
+/// of codes.
 #[derive(Debug, Clone, Copy)]
 pub enum CodeWords<'a> {
-    /// A word has the codes of eight neighbouring places, lowest bits first, of one output feature: those of places `8 i ..` of feature `r` are
-    /// word `i · octet + r · row`.
+    /// A word has the codes of eight neighbouring places, lowest bits first, of one output feature: those of places `8 i ..` of
+    /// feature `r` are word `i · octet + r · row`.
     OfPlaces {
         /// All words.
         bytes: &'a [u8],
@@ -129,8 +130,8 @@ pub enum CodeWords<'a> {
         /// Words from an output feature to the next.
         row: usize,
     },
-    /// A word has the codes of output features 0 2 4 6 1 3 5 7 of eight, lowest bits first, at one place: those of features `8 i ..` at place `p` are
-    /// word `p · col + i`.
+    /// A word has the codes of output features 0 2 4 6 1 3 5 7 of eight, lowest bits first, at one place: those of features
+    /// `8 i ..` at place `p` are word `p · col + i`.
     OfFeatures {
         /// All words.
         bytes: &'a [u8],
@@ -197,8 +198,8 @@ pub trait StoredMatrix: Sync {
     /// The codes of all places, if they stand in words. Asked only of a matrix with a [`layout`](Self::layout) of 4 bits.
     ///
     /// `bytes` reach to the end of the last word: that of the last output feature and the last place, counted by the steps. Fewer are
-    /// a [`KernelError::Shape`] of the packer. It takes [`codes`](Self::codes) in place of words where `cols` is no multiple of 8, or
-    /// where a run of 16 output features that shall stand together starts at none.
+    /// a [`KernelError::Shape`] of the packer. It takes [`codes`](Self::codes) in place of words where `cols` is no multiple of 8,
+    /// and for 16 output features of a stack that are not all of one matrix, or do not start at a multiple of 8 of its own.
     fn words(&self) -> Option<CodeWords<'_>> {
         None
     }

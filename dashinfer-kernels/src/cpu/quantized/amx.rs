@@ -1,4 +1,5 @@
-//! AMX: 32 rows by two panels in eight tiles, for bytes without groups; [`amx_groups`] for the others. What is left over runs on AVX-512.
+//! AMX: 32 rows by two panels in eight tiles, for bytes without groups; [`amx_groups`] for the others. What is left over runs
+//! on AVX-512.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -10,12 +11,13 @@ use crate::quant::{ActivationBits, PANEL, int8};
 
 /// From this many rows on, tiles pay: with fewer, most of what they multiply is nothing.
 const MIN_ROWS: usize = 17;
-/// As [`MIN_ROWS`], with groups of 8- and of 16-bit activations: from so many rows on, a tile of 16 and bringing weights into its layout take less time than AVX-512.
+/// As [`MIN_ROWS`], with groups of 8- and of 16-bit activations: from so many rows on, a tile of 16 and bringing weights into
+/// its layout take less time than AVX-512.
 const MIN_GROUPED: [usize; 2] = [14, 12];
 /// As [`MIN_GROUPED`], behind tiles that have brought their weights.
 const MIN_LEFT: [usize; 2] = [10, 7];
-/// Input features of a part: rows of as many are left in the L2 cache while all panels pass over them. Between parts, sums go out and come
-/// back, so that few parts are better than many.
+/// Input features of a part: rows of as many are left in the L2 cache while all panels pass over them. Between parts, sums go
+/// out and come back, so that few parts are better than many.
 const PART: usize = 2048;
 
 /// See [`blocked::product`](super::blocked::product).
@@ -55,8 +57,8 @@ pub(super) unsafe fn product(job: &Job<'_>, rows: Range<usize>, panels: Range<us
 unsafe fn blocks(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     let padded = job.weight.cut().padded;
     let mut sums = BlockSums([[[[0; PANEL]; ROWS]; 2]; 2]);
-    // SAFETY: the machine has AMX and AVX-512; the tiles have the shapes of each place, which lies within the job; the caller's promise is
-    // passed on.
+    // SAFETY: the machine has AMX and AVX-512; the tiles have the shapes of each place, which lies within the job; the caller's
+    // promise is passed on.
     unsafe {
         for_blocks(rows, panels, padded, PART, |place| {
             let ks = &place.ks;

@@ -1,8 +1,9 @@
 //! AMX for groups: a tile of 16 rows by one panel for each group, whose sums leave the tile to be scaled.
 //!
-//! The unit multiplies 16 rows by 16 columns in 16 cycles, whether over 64 input features or, in groups of 32, over half as many. Scaling takes the vector
-//! unit, so what bounds a step, of 16 rows by 16 columns by a group, is neither alone. In cycles, by what each can do at best (two vectors loaded, one stored, two
-//! computed in a cycle; a tile is 16 vectors, one of weights of 32 input features 8):
+//! The unit multiplies 16 rows by 16 columns in 16 cycles, whether over 64 input features or, in groups of 32, over half as
+//! many. Scaling takes the vector unit, so what bounds a step, of 16 rows by 16 columns by a group, is neither alone. In
+//! cycles, by what each can do at best (two vectors loaded, one stored, two computed in a cycle; a tile is 16 vectors, one of
+//! weights of 32 input features 8):
 //!
 //! | step | multiplied | loaded | stored | computed |
 //! |---|---|---|---|---|
@@ -11,16 +12,16 @@
 //! | `a16`, 32 | 32 | 16 + 4 + 16 + 8 = 44 | 32 | 4 × 8 = 32; with zero points or 8 bits 5 × 8 = 40 |
 //! | `a16`, 128 | 64 | 32 + 16 + 16 + 8 = 72 | 32 | 40 |
 //!
-//! Laying out `x` comes on top. Where four panels share it, it adds 2 (`a8`) or 4 (`a16`) cycles to each column but the first. With AVX-512
-//! alone, a step of `a16` in groups of 32 takes 160 cycles of computing at best. Two tiles of columns to one of rows would need fewer loads,
-//! but their sums in f32, 32 rows of them, would fill all registers.
+//! Laying out `x` comes on top. Where four panels share it, it adds 2 (`a8`) or 4 (`a16`) cycles to all columns but
+//! "multiplied". With AVX-512 alone, a step of `a16` in groups of 32 takes 160 cycles of computing at best. Two tiles of
+//! columns to one of rows would need fewer loads, but their sums in f32, 32 rows of them, would fill all registers.
 //!
-//! Loading a tile takes 45 cycles, and multiplying two 52, before the result can be used. So that nothing waits for them, steps overlap: while
-//! one is scaled, the sums of the next are stored, and the one after that is multiplied.
+//! Loading a tile takes 45 cycles, and multiplying two 52, before the result can be used. So that nothing waits for them, steps
+//! overlap: while one is scaled, the sums of the next are stored, and the one after that is multiplied.
 //!
-//! On a Xeon of 16 threads, two to a core, parts of a step of `a16` in groups of 32 were left out, to see what each takes: multiplications and their loads 30 % of the time,
-//! scaling 20 %, `x` being laid out 17 % (for pairs of panels), stores 11 %. That they add up says that they overlap less than they could. Fetching the rows that are next
-//! did not pay.
+//! On a Xeon of 16 threads, two to a core, parts of a step of `a16` in groups of 32 were left out, to see what each takes:
+//! multiplications and their loads 30 % of the time, scaling 20 %, `x` being laid out 17 % (for pairs of panels), and stores
+//! 11 %. That they add up says that they overlap less than they could. Fetching the rows that are next did not pay.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -90,8 +91,8 @@ pub(super) const SPLIT: [u8; 64] = {
     from
 };
 
-/// Which zero point each byte of a vector takes: every quarter of the vector holds all sixteen, and each of them goes to the four bytes
-/// of its feature's quad.
+/// Which zero point each byte of a vector takes: every quarter of the vector holds all sixteen, and each of them goes to the
+/// four bytes of its feature's quad.
 const SPREAD: [u8; 64] = {
     let mut from = [0; 64];
     let mut i = 0;
@@ -142,7 +143,8 @@ unsafe fn lay_out<const X: u8>(layout: &Layout, part: &Part, scratch: &mut Scrat
     let there = ((1_u16 << groups) - 1) as u8; // no more than eight
     let (mut codes, mut scales) = (part.codes, part.scales);
     let rows = scratch.x.iter_mut().zip(&mut scratch.scales).take(part.rows);
-    // SAFETY: a row has room for the part's codes of either kind, and for its scales, which are one vector; the rest is the caller's promise.
+    // SAFETY: a row has room for the part's codes of either kind, and for its scales, which are one vector; the rest is the
+    // caller's promise.
     unsafe {
         let split = _mm512_loadu_si512(SPLIT.as_ptr().cast());
         for (to, to_scales) in rows {
@@ -222,8 +224,8 @@ macro_rules! multiply {
 /// This thread's tiles have the depth of the layout; the scratch holds the operands of the step, which is in group `group`.
 #[inline(always)]
 unsafe fn multiply<const X: u8>(layout: &Layout, scratch: *const Scratch, step: usize, group: usize) {
-    // SAFETY: the caller's promise: 16 rows of `x` and as many quads of weights as a tile is deep can be read at either place. No code but this
-    // uses tiles, so that they stay as they are until `store`.
+    // SAFETY: the caller's promise: 16 rows of `x` and as many quads of weights as a tile is deep can be read at either place.
+    // No code but this uses tiles, so that they stay as they are until `store`.
     unsafe {
         let x = (&raw const (*scratch).x).cast::<u8>().add(layout.x(group));
         let w = (&raw const (*scratch).weights).cast::<u8>().add(layout.weights(step));
@@ -327,8 +329,8 @@ macro_rules! add_rows {
     }};
 }
 
-/// Adds the sums of a step, scaled; see [`scalar::product`](super::scalar::product). In assembly: the compiler moves each value from one
-/// register to another, and adds high bytes in two instructions where one does.
+/// Adds the sums of a step, scaled; see [`scalar::product`](super::scalar::product). In assembly: the compiler moves each value
+/// from one register to another, and adds high bytes in two instructions where one does.
 ///
 /// # Safety
 /// The step's sums were stored; `scales` is that of the step's group in the first row of a [`Scratch`].
@@ -368,7 +370,8 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
     // The group of the step that is to be multiplied next.
     let mut next_group = 0;
     let mut multiply_next = |step: usize| {
-        // SAFETY: the operands of all steps are there, as the caller promises. Of the tiles that this step takes, the sums were stored.
+        // SAFETY: the operands of all steps are there, as the caller promises. Of the tiles that this step takes, the sums were
+        // stored.
         unsafe { multiply::<X>(layout, scratch, step, next_group) };
         next_group = if next_group + 1 == groups { 0 } else { next_group + 1 };
     };
@@ -414,7 +417,8 @@ unsafe fn steps<const X: u8, const NARROW: bool>(sweep: &Sweep<'_>, scratch: &mu
                 // SAFETY: it was multiplied one iteration ago, or before the loop, and since then only the step after it.
                 unsafe { store::<X>(scratch, step + 1) };
             }
-            // SAFETY: 16 scales of 16 bits are one vector. The step's sums were stored a step ago; the scratch is not borrowed otherwise.
+            // SAFETY: 16 scales of 16 bits are one vector. The step's sums were stored a step ago; the scratch is not borrowed
+            // otherwise.
             unsafe {
                 let scales = weight.scales(panel, first_group + group);
                 let weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast()));

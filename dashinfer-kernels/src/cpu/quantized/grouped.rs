@@ -8,8 +8,8 @@
 //!           for each group             a tile of exact sums, which is scaled and added in f32
 //! ```
 //!
-//! Weights are centred on the way, code − zero in −128 to 127, so nothing has to be made up for. Codes of 16 bits are taken apart: the signed high bytes and the
-//! unsigned low ones are multiplied apart, and `256 · high + low` is the sum.
+//! Weights are centred on the way, code − zero in −128 to 127, so nothing has to be made up for. Codes of 16 bits are taken
+//! apart: the signed high bytes and the unsigned low ones are multiplied apart, and `256 · high + low` is the sum.
 
 use std::ops::Range;
 
@@ -67,7 +67,8 @@ impl Layout {
         group * self.x_group
     }
 
-    /// Where the weights of step `step` start, groups of a panel being counted before those of the next. Its tiles are 1024 bytes apart.
+    /// Where the weights of step `step` start, groups of a panel being counted before those of the next. Its tiles are 1024
+    /// bytes apart.
     #[inline(always)]
     pub(super) fn weights(&self, step: usize) -> usize {
         step * self.group * PANEL
@@ -159,7 +160,8 @@ pub(super) trait Unit {
     /// Writes `len` input features of a panel's codes as signed bytes, less the zeros of their output features.
     ///
     /// # Safety
-    /// The machine has the unit. `codes` holds as many codes of kind `CODES`, `to` has room for 16 bytes for each; `len` is a multiple of 32.
+    /// The machine has the unit. `codes` holds as many codes of kind `CODES`, `to` has room for 16 bytes for each; `len` is a
+    /// multiple of 32.
     unsafe fn widen<const CODES: u8>(codes: *const u8, zeros: &[u8; PANEL], len: usize, to: *mut i8);
 
     /// Lays out the part's codes of `x`, of kind `X`, and its scales for 1 to 16 rows.
@@ -172,20 +174,20 @@ pub(super) trait Unit {
     /// high bytes fit 16 bits.
     ///
     /// # Safety
-    /// The machine has the unit, whose tiles have the depth of the layout. The scratch holds the operands; this thread alone accesses these
-    /// columns of these rows of the output, which parts before have written.
+    /// The machine has the unit, whose tiles have the depth of the layout. The scratch holds the operands; this thread alone
+    /// accesses these columns of these rows of the output, which parts before have written.
     unsafe fn sweep<const X: u8, const NARROW: bool>(&mut self, sweep: &Sweep<'_>, scratch: &mut Scratch);
 }
 
-/// See [`scalar::product`](super::scalar::product): the same sums, exact in integers and in the same order in f32, so the same bits. For all schemes
-/// but `a8w8`.
+/// See [`scalar::product`](super::scalar::product): the same sums, exact in integers and in the same order in f32, so the same
+/// bits. For all schemes but `a8w8`.
 ///
 /// # Safety
 /// The machine has the unit. No other thread may write these columns of these rows; the ranges lie within the job.
 pub(super) unsafe fn product<U: Unit>(job: &Job<'_>, rows: Range<usize>, panels: Range<usize>, out: Output) {
     let scheme = job.weight.scheme();
-    // High bytes lie in −127 to 127, as codes of 16 bits go to 127 · 256. 32 products with codes in −8 to 7 fit 16 bits; with codes in −15 to 15 they
-    // do not.
+    // High bytes lie in −127 to 127, as codes of 16 bits go to 127 · 256. 32 products with codes in −8 to 7 fit 16 bits; with
+    // codes in −15 to 15 they do not.
     let narrow = matches!(scheme, Scheme::A16W4 { group: Group::G32, zero_point: false });
     // SAFETY: the caller's promise, passed on; the parameters are those of the job.
     unsafe {

@@ -100,8 +100,8 @@ impl QuantizedMatrix {
         })
     }
 
-    /// Calls `fill` for all panels, `together` at a time, with their numbers, how their input features are cut, and their codes, scales and zero
-    /// points, to be written. It says whether all weights were finite.
+    /// Calls `fill` for all panels, `together` at a time, with their numbers, how their input features are cut, and their
+    /// codes, scales and zero points, to be written. It says whether all weights were finite.
     fn build(
         [rows, cols]: [usize; 2],
         scheme: Scheme,

@@ -140,7 +140,8 @@ pub(crate) fn run_gated(
     Ok(())
 }
 
-/// [`linear::run_groups`](super::linear::run_groups) of quantized rows: `x`, `[rows of all groups, K]`, was filled for matrices like these.
+/// [`linear::run_groups`](super::linear::run_groups) of quantized rows: `x`, `[rows of all groups, K]`, was filled for matrices
+/// like these.
 ///
 /// # Panics
 /// As there.
@@ -267,8 +268,8 @@ mod tests {
             let out = product(scalar(), &x, &packed(n, k, scheme, false, 5, &pool), &pool);
             let error: f64 = out.iter().zip(&exact).map(|(out, exact)| (f64::from(*out) - exact).powi(2)).sum();
             let error = (error / exact.iter().map(|exact| exact.powi(2)).sum::<f64>()).sqrt();
-            // Of uniform noise, a step of 8 bits is 1 / 127 and its rounding 0.29 of that, beside a deviation of 0.58; the bf16 of these
-            // weights adds 0.1 %.
+            // Of uniform noise, a step of 8 bits is 1 / 127 and its rounding 0.29 of that, beside a deviation of 0.58; the bf16
+            // of these weights adds 0.1 % .
             let bound = match scheme {
                 Scheme::A16W8 { .. } => 0.006,
                 Scheme::A8W8 => 0.009,

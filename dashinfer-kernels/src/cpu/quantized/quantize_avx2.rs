@@ -1,5 +1,6 @@
-//! Quantizing groups with AVX2: eight output features at a time, a lane each, so that no sum or maximum goes across lanes, and codes are in
-//! the order of a panel as they come. Codes, scales and zero points are those of [`int8`] and [`int4`], to the bit.
+//! Quantizing groups with AVX2: eight output features at a time, a lane each, so that no sum or maximum goes across lanes, and
+//! codes are in the order of a panel as they come. Codes, scales and zero points are those of [`int8`] and [`int4`], to the
+//! bit.
 
 use std::arch::x86_64::*;
 
@@ -91,7 +92,8 @@ fn fill(source: &Source<'_>, cols: std::ops::Range<usize>, tile: &mut [f32]) {
     }
 }
 
-/// Transposes eight rows, `len` apart, into columns. The largest of the values without their signs, as bits: they are in the order of the values.
+/// Transposes eight rows, `len` apart, into columns. The largest of the values without their signs, as bits: they are in the
+/// order of the values.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn transpose(rows: &[f32], len: usize, columns: &mut Columns) -> __m256i {

@@ -1,6 +1,7 @@
 //! Words of 4-bit codes into panels: moved as they are, without a byte for each code on the way.
 //!
-//! A word of a panel has eight input features of one output feature, with those that are four apart in one byte ([`int4`](crate::quant::int4)).
+//! A word of a panel has eight input features of one output feature, with those that are four apart in one byte
+//! ([`int4`](crate::quant::int4)).
 
 use crate::quant::PANEL;
 use crate::quant::stored::{CodeWords, IN_WORD};
@@ -14,8 +15,8 @@ const OCTET: usize = 4 * PANEL;
 /// Input features that are moved for one panel before the next: with those of all panels, they stay in the L1 cache.
 const STRETCH: usize = 64;
 
-/// Fills neighbouring panels whose rows are all there, from row `first_row` on of the matrix whose words these are, a multiple of 8. `panels`: the
-/// codes of each, of `cols` input features, a multiple of 8, and perhaps more, which stay what they are.
+/// Fills neighbouring panels whose rows are all there, from row `first_row` on of the matrix whose words these are, a multiple
+/// of 8. `panels`: the codes of each, of `cols` input features, a multiple of 8, and perhaps more, which stay what they are.
 pub(super) fn place(words: &CodeWords<'_>, first_row: usize, cols: usize, panels: &mut [&mut [u8]]) {
     for first in (0..cols).step_by(STRETCH) {
         let octets = first / IN_WORD..cols.min(first + STRETCH) / IN_WORD;
