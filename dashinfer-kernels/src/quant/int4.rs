@@ -64,7 +64,7 @@ fn in_pairs(codes: [u8; 8]) -> [u8; 4] {
 /// one of the opposite sign and nearly its size is clipped to code 15, and off by a quarter of that size, `max |w| / 4`, at most.
 ///
 /// Among some scales near that one, the one with the least squared error is taken. Of normal weights in groups of 32 that
-/// leaves 0.7 % of their variance as error; no sixteen evenly spaced codes around 8 leave less than 0.65 % .
+/// leaves 0.7 % of their variance as error; no sixteen evenly spaced codes around 8 leave less than 0.65 %.
 #[inline(always)]
 pub(crate) fn quantize(values: &[f32], codes: &mut [u8]) -> GroupParams {
     let (low, high) = range(values);

@@ -269,7 +269,7 @@ mod tests {
             let error: f64 = out.iter().zip(&exact).map(|(out, exact)| (f64::from(*out) - exact).powi(2)).sum();
             let error = (error / exact.iter().map(|exact| exact.powi(2)).sum::<f64>()).sqrt();
             // Of uniform noise, a step of 8 bits is 1 / 127 and its rounding 0.29 of that, beside a deviation of 0.58; the bf16
-            // of these weights adds 0.1 % .
+            // of these weights adds 0.1 %.
             let bound = match scheme {
                 Scheme::A16W8 { .. } => 0.006,
                 Scheme::A8W8 => 0.009,
