@@ -490,16 +490,16 @@ fn load(
     Ok(Decoder::load_with_cache(backend, spec, &mut source, limits, asked, cache, &mut |_| ())?)
 }
 
-/// FNV-1a of the file of all packed buffers.
-fn digest(model: &mut Model, quantization: &str) -> Result<u64, Box<dyn Error>> {
+/// FNV-1a of the file of all packed buffers, and what was packed.
+fn digest(model: &mut Model, quantization: &str) -> Result<(u64, Decoder<CpuBackend>), Box<dyn Error>> {
     let folder = Folder(std::env::temp_dir().join(format!("dashinfer-packing-{}", std::process::id())));
-    load(model, quantization, NonZeroUsize::MIN, Some(&WeightCache::new(&folder.0)))?;
+    let decoder = load(model, quantization, NonZeroUsize::MIN, Some(&WeightCache::new(&folder.0)))?;
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for entry in std::fs::read_dir(&folder.0)? {
         let bytes = std::fs::read(entry?.path())?;
         hash = bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     }
-    Ok(hash)
+    Ok((hash, decoder))
 }
 
 fn becomes(decoder: &Decoder<CpuBackend>, quantization: &str) -> String {
@@ -527,17 +527,18 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             continue;
         }
         let mut model = Model::new(stored, options.hidden)?;
-        let (mut best, mut form) = (Duration::MAX, String::new());
-        for _ in 0..if options.digest { 1 } else { options.repeat } {
-            let before = time();
-            let decoder = load(&mut model, quantization, options.threads, None)?;
-            best = best.min(time() - before);
-            form = becomes(&decoder, quantization);
-        }
-        let found = if options.digest {
-            format!("{:016x}", digest(&mut model, quantization)?)
+        let (found, form) = if options.digest {
+            let (hash, decoder) = digest(&mut model, quantization)?;
+            (format!("{hash:016x}"), becomes(&decoder, quantization))
         } else {
-            format!("{:.2} GB/s", model.bytes as f64 / best.as_secs_f64() / 1e9)
+            let (mut best, mut form) = (Duration::MAX, String::new());
+            for _ in 0..options.repeat {
+                let before = time();
+                let decoder = load(&mut model, quantization, options.threads, None)?;
+                best = best.min(time() - before);
+                form = becomes(&decoder, quantization);
+            }
+            (format!("{:.2} GB/s", model.bytes as f64 / best.as_secs_f64() / 1e9), form)
         };
         println!(
             "{:<14} {quantization:<14} {form:<40} {:>9.1} {found:>16}",
